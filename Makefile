@@ -1,0 +1,50 @@
+# Every command that the project's documents name. Each makes the environment .venv first, where it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: build test lint demo bench bench-all format clean
+
+# The environment, then the package: built in place, against the torch that is installed.
+$(VENV)/.installed: requirements-dev.txt requirements-demo.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-demo.txt
+	touch $@
+
+$(READY): $(VENV)/.installed $(NATIVE_INPUTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+build: $(READY)
+
+test: $(READY)  ## the whole suite
+	$(BIN)/python -m pytest
+
+demo: $(READY)  ## fine-tune a real language model, and compare
+	$(BIN)/python -m bench.demo --output build/demo
+
+lint: $(READY)  ## formatting, lints and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+bench: $(READY)  ## operators, with pytest-benchmark
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-group-by=group
+
+bench-all: $(READY)  ## every suite behind docs/performance.md; an idle machine and half an hour
+	$(BIN)/python -m bench all --json build/bench.json
+	$(BIN)/python -m bench.report build/bench.json
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info ia3_kernels/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Measures the project. Imports anything; nothing imports it."""

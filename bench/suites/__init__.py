@@ -1,0 +1,17 @@
+"""The suites, by the name that the command line knows them by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..records import Recorder
+from ..settings import Settings
+from . import accuracy, decode, memory, operators, train_step
+
+SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
+    "operators": operators.run,
+    "accuracy": accuracy.run,
+    "train_step": train_step.run,
+    "decode": decode.run,
+    "memory": memory.run,
+}

@@ -1,0 +1,71 @@
+// The arguments of the kernels: raw pointers, sizes in elements, no ownership. Shared by every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace ia3 {
+
+// In the order of ACTIVATIONS in ia3_kernels/schemas.py
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity };
+
+// Which scale each row takes: the one vector, or the row of [A, n] that `index` names, with ones for -1.
+struct RowScales {
+  const float* scale;    // [n] or [A, n], contiguous
+  const float* ones;     // [n]; read only for index -1
+  const int32_t* index;  // [rows], or null: every row takes `scale`
+  int64_t stride;        // n
+};
+
+static inline const float* scale_of_row(const RowScales& scales, int64_t r) {
+  if (scales.index == nullptr) return scales.scale;
+  return scales.index[r] < 0 ? scales.ones : scales.scale + int64_t(scales.index[r]) * scales.stride;
+}
+
+// h = act(g) u s. With `up` null, h = act(g) s.
+struct ActivationArgs {
+  DType dtype;
+  Activation activation;
+  const void* gate;
+  int64_t gate_stride;  // between rows; elements of a row are adjacent
+  const void* up;
+  int64_t up_stride;
+  RowScales scales;
+  void* out;
+  int64_t out_stride;
+};
+
+// dg = dh s u act'(g), du = dh s act(g), ds = sum over rows of dh act(g) u. Null results are not computed.
+struct ActivationGradArgs {
+  DType dtype;
+  Activation activation;
+  const void* grad;
+  int64_t grad_stride;
+  const void* gate;
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  RowScales scales;
+  void* grad_gate;  // [rows, n], contiguous
+  void* grad_up;
+  int64_t cols;
+};
+
+// y = ((x s_in) W^T + b) s_out for few rows
+struct SmallLinearArgs {
+  DType dtype;
+  const float* x;  // [rows, in], contiguous, already scaled and widened
+  int64_t rows;
+  int64_t in;
+  int64_t out;
+  const void* weight;
+  int64_t weight_stride;  // between rows of the stored matrix
+  bool transposed;        // the stored matrix is [in, out]
+  const void* bias;       // [out] or null
+  bool has_scale;
+  RowScales scales;
+  void* y;  // [rows, out], contiguous
+};
+
+}  // namespace ia3

@@ -1,0 +1,92 @@
+// Compiled once per instruction set (see CMakeLists.txt), with IA3_ISA naming the namespace.
+#include "kernels.h"
+
+#include "../core/gated_activation.h"
+#include "../core/scale.h"
+#include "../core/small_linear.h"
+
+#define IA3_STRING_(x) #x
+#define IA3_STRING(x) IA3_STRING_(x)
+
+namespace ia3::IA3_ISA {
+namespace {
+
+struct ForwardVisitor {
+  const ActivationArgs& args;
+  int64_t row_begin, row_end, col_begin, col_end;
+  template <typename T, typename Act, bool kGated>
+  void operator()() {
+    gated_activation_fwd_kernel<T, Act, kGated>(args, row_begin, row_end, col_begin, col_end);
+  }
+};
+
+struct BackwardVisitor {
+  const ActivationGradArgs& args;
+  const int64_t* rows;
+  const float* scale;
+  float* partial;
+  float* lost;
+  int64_t row_begin, row_end, col_begin, col_end;
+  template <typename T, typename Act, bool kGated>
+  void operator()() {
+    gated_activation_bwd_kernel<T, Act, kGated>(args, rows, scale, partial, lost, row_begin, row_end, col_begin,
+                                                col_end);
+  }
+};
+
+void activation(const ActivationArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
+  visit(args.dtype, args.activation, args.up != nullptr, ForwardVisitor{args, row_begin, row_end, col_begin, col_end});
+}
+
+void activation_backward(const ActivationGradArgs& args, const int64_t* rows, const float* scale, float* partial,
+                         float* lost, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
+  visit(args.dtype, args.activation, args.up != nullptr,
+        BackwardVisitor{args, rows, scale, partial, lost, row_begin, row_end, col_begin, col_end});
+}
+
+// Calls function(pointer of the element type) for the runtime dtype.
+template <typename Function>
+void with_type(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return function(static_cast<float*>(nullptr));
+    case DType::kBFloat16:
+      return function(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return function(static_cast<Float16*>(nullptr));
+  }
+}
+
+void scale_weight(DType dtype, void* weight, int64_t stride, int64_t cols, const float* row_scale,
+                  const float* col_scale, int64_t row_begin, int64_t row_end) {
+  with_type(dtype, [&](auto* type) {
+    scale_weight_kernel(static_cast<decltype(type)>(weight), stride, cols, row_scale, col_scale, row_begin, row_end);
+  });
+}
+
+void widen(DType dtype, const void* x, int64_t stride, int64_t cols, const RowScales* scales, float* out,
+           int64_t row_begin, int64_t row_end) {
+  with_type(dtype, [&]<typename T>(T*) {
+    widen_kernel(static_cast<const T*>(x), stride, cols, scales, out, row_begin, row_end);
+  });
+}
+
+void narrow(DType dtype, const float* sums, int64_t sums_stride, int64_t cols, int64_t col_offset, const void* bias,
+            const RowScales* scales, void* y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
+  with_type(dtype, [&]<typename T>(T*) {
+    narrow_kernel(sums, sums_stride, cols, col_offset, static_cast<const T*>(bias), scales, static_cast<T*>(y),
+                  y_stride, row_begin, row_end);
+  });
+}
+
+void small_linear(const SmallLinearArgs& args, int64_t out_begin, int64_t out_end) {
+  with_type(args.dtype, [&]<typename T>(T*) { small_linear_fwd_kernel<T>(args, out_begin, out_end); });
+}
+
+}  // namespace
+
+extern const cpu::Kernels kKernels;
+const cpu::Kernels kKernels = {IA3_STRING(IA3_ISA), activation, activation_backward, scale_weight, widen, narrow,
+                               small_linear};
+
+}  // namespace ia3::IA3_ISA

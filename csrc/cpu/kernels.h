@@ -1,0 +1,42 @@
+// The kernels of one instruction set behind plain function pointers, and the choice among the sets at run time.
+//
+// Every function works on a range of rows or outputs, so that the caller owns the threads.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../core/arguments.h"
+
+namespace ia3::cpu {
+
+struct Kernels {
+  const char* isa;
+
+  void (*activation)(const ActivationArgs&, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
+
+  // `lost` is scratch for the columns of this call
+  void (*activation_backward)(const ActivationGradArgs&, const int64_t* rows, const float* scale, float* partial,
+                              float* lost, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
+
+  void (*scale_weight)(DType, void* weight, int64_t stride, int64_t cols, const float* row_scale,
+                       const float* col_scale, int64_t row_begin, int64_t row_end);
+
+  void (*widen)(DType, const void* x, int64_t stride, int64_t cols, const RowScales*, float* out, int64_t row_begin,
+                int64_t row_end);
+
+  void (*narrow)(DType, const float* sums, int64_t sums_stride, int64_t cols, int64_t col_offset, const void* bias,
+                 const RowScales*, void* y, int64_t y_stride, int64_t row_begin, int64_t row_end);
+
+  void (*small_linear)(const SmallLinearArgs&, int64_t out_begin, int64_t out_end);
+};
+
+// The best set that this processor runs, or the one that the environment variable IA3_CPU_ISA names. Throws
+// std::runtime_error, with a sentence, if that one is unknown or does not run here. The choice is made once.
+const Kernels& kernels();
+
+// The names of the sets that this processor runs, best first
+std::vector<std::string> available_isas();
+
+}  // namespace ia3::cpu

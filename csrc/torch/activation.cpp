@@ -1,0 +1,172 @@
+#include <algorithm>
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "operators.h"
+
+namespace ia3 {
+namespace {
+
+// Rows that one partial sum of ds covers. Fixed, so that the bits do not depend on the number of threads.
+constexpr int64_t kChunkRows = 64;
+// Columns a task visits at a time: their partial sums (8 KiB) stay in the first-level cache.
+constexpr int64_t kColumnBlock = 2048;
+
+void check(std::string_view op, const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
+           const OptionalTensor& adapter_index) {
+  const char* name = up ? "gate" : "x";
+  TORCH_CHECK(gate.dim() >= 1, op, ": ", name, " has no dimensions; expected at least one.");
+  if (up) {
+    TORCH_CHECK(up->sizes() == gate.sizes(), op, ": up has shape ", up->sizes(), ", but gate has ", gate.sizes(),
+                "; expected equals.");
+    TORCH_CHECK(up->scalar_type() == gate.scalar_type(), op, ": up has dtype ", up->scalar_type(), ", but gate has ",
+                gate.scalar_type(), "; convert one of them.");
+    TORCH_CHECK(up->device() == gate.device(), op, ": up is on ", up->device(), ", but gate is on ", gate.device(),
+                "; move one of them.");
+  }
+  check_scale(op, "scale", scale, gate.size(-1), gate, adapter_index);
+  check_index(op, adapter_index, gate, {&scale});
+}
+
+// Rows that share one scale, at most kChunkRows of them: the unit of the first reduction stage.
+struct Chunk {
+  int64_t adapter;  // -1: no adapter, no ds
+  int64_t begin, end;
+};
+
+// Rows grouped by adapter (a stable counting sort), cut into chunks. Without an index all rows are adapter 0, in place,
+// and `order` stays empty.
+struct RowPlan {
+  std::vector<int64_t> order;
+  std::vector<Chunk> chunks;
+
+  RowPlan(const int32_t* index, int64_t rows, int64_t adapters) {
+    std::vector<int64_t> starts = {0, 0, rows};  // adapter a's rows begin at starts[a + 1]
+    if (index != nullptr) {
+      starts.assign(size_t(adapters) + 2, 0);
+      for (int64_t r = 0; r < rows; ++r) ++starts[size_t(index[r] + 2)];
+      for (size_t a = 1; a < starts.size(); ++a) starts[a] += starts[a - 1];
+      std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+      order.resize(size_t(rows));
+      for (int64_t r = 0; r < rows; ++r) order[size_t(next[size_t(index[r] + 1)]++)] = r;
+    }
+    for (int64_t a = -1; a + 2 < int64_t(starts.size()); ++a) {
+      for (int64_t begin = starts[size_t(a + 1)]; begin < starts[size_t(a + 2)]; begin += kChunkRows) {
+        chunks.push_back({a, begin, std::min(begin + kChunkRows, starts[size_t(a + 2)])});
+      }
+    }
+  }
+};
+
+// The second stage: ds[a, i] = sum over the chunks of adapter a, in order, in double.
+at::Tensor reduce_partials(const at::Tensor& partials, const std::vector<Chunk>& chunks, const at::Tensor& scale) {
+  const int64_t cols = scale.size(-1);
+  const at::Tensor result = at::zeros(scale.sizes(), at::kFloat);
+  float* sums = result.mutable_data_ptr<float>();
+  const float* parts = partials.const_data_ptr<float>();
+  parallel(cols, partials.numel(), [&](int64_t begin, int64_t end) {
+    std::vector<double> totals(size_t(end - begin));
+    for (size_t c = 0; c < chunks.size();) {
+      const int64_t adapter = chunks[c].adapter;
+      std::fill(totals.begin(), totals.end(), 0.0);
+      for (; c < chunks.size() && chunks[c].adapter == adapter; ++c) {
+        const float* part = parts + int64_t(c) * cols;
+        if (adapter < 0) continue;
+        for (int64_t i = begin; i < end; ++i) totals[size_t(i - begin)] += part[i];
+      }
+      if (adapter < 0) continue;
+      for (int64_t i = begin; i < end; ++i) sums[adapter * cols + i] = float(totals[size_t(i - begin)]);
+    }
+  });
+  return result.to(scale.scalar_type());
+}
+
+}  // namespace
+
+at::Tensor activation(std::string_view op, const at::Tensor& gate, const OptionalTensor& up,
+                      const OptionalTensor& scale, std::string_view activation, const OptionalTensor& adapter_index,
+                      const OptionalTensor& out) {
+  check(op, gate, up, scale, adapter_index);
+  const Activation kind = activation_of(op, activation);
+  const DType dtype = dtype_of(gate);
+  const at::Tensor result = out ? *out : empty_output(gate.sizes(), gate);
+  if (gate.numel() == 0) return result;
+
+  const Rows g = rows_of(gate), u = up ? rows_of(*up) : Rows{};
+  const int64_t rows = g.count, cols = g.cols;
+  const ScaleRows scales(scale, adapter_index, cols, true);
+  const ActivationArgs args{dtype, kind, g.data, g.stride, u.data, u.stride, scales.view, result.mutable_data_ptr(),
+                            cols};
+  const auto& kernels = cpu::kernels();
+  // Tasks are blocks of columns of one row, so that a single long row splits too.
+  const int64_t blocks = (cols + kColumnBlock - 1) / kColumnBlock;
+  if (rows >= 2 * at::get_num_threads() || blocks == 1) {
+    parallel(rows, rows * cols, [&](int64_t begin, int64_t end) { kernels.activation(args, begin, end, 0, cols); });
+  } else {
+    parallel(rows * blocks, rows * cols, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / blocks, col = task % blocks * kColumnBlock;
+        kernels.activation(args, row, row + 1, col, std::min(col + kColumnBlock, cols));
+      }
+    });
+  }
+  return result;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_backward(
+    std::string_view op, const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up,
+    const OptionalTensor& scale, std::string_view activation, const OptionalTensor& adapter_index,
+    std::array<bool, 3> mask, const std::array<OptionalTensor, 2>& outputs) {
+  check(op, gate, up, scale, adapter_index);
+  TORCH_CHECK(grad.sizes() == gate.sizes() && grad.scalar_type() == gate.scalar_type(), op, ": the gradient is ",
+              grad.scalar_type(), " of shape ", grad.sizes(), "; expected ", gate.scalar_type(), " of shape ",
+              gate.sizes(), ".");
+  const Activation kind = activation_of(op, activation);
+  const DType dtype = dtype_of(gate);
+  const bool wants_scale = mask[2] && scale;
+  const auto output = [&](size_t which, bool wanted) {
+    if (!wanted) return at::empty({0}, gate.options());
+    return outputs[which] ? *outputs[which] : empty_output(gate.sizes(), gate);
+  };
+  const at::Tensor grad_gate = output(0, mask[0]);
+  const at::Tensor grad_up = output(1, mask[1] && up);
+  const at::Tensor nothing = at::empty({0}, scale ? scale->options() : gate.options());
+  if (gate.numel() == 0) return {grad_gate, grad_up, wants_scale ? at::zeros_like(*scale) : nothing};
+
+  const Rows dh = rows_of(grad), g = rows_of(gate), u = up ? rows_of(*up) : Rows{};
+  const int64_t rows = g.count, cols = g.cols;
+  const ScaleRows scales(scale, adapter_index, cols, true);
+  const ActivationGradArgs args{dtype,
+                                kind,
+                                dh.data,
+                                dh.stride,
+                                g.data,
+                                g.stride,
+                                u.data,
+                                u.stride,
+                                scales.view,
+                                mask[0] ? grad_gate.mutable_data_ptr() : nullptr,
+                                mask[1] && up ? grad_up.mutable_data_ptr() : nullptr,
+                                cols};
+
+  const RowPlan plan(scales.view.index, rows, adapter_index ? scale->size(0) : 1);
+  const int64_t count = int64_t(plan.chunks.size());
+  const at::Tensor partials = at::empty({wants_scale ? count : 0, cols}, at::kFloat);
+  float* parts = wants_scale ? partials.mutable_data_ptr<float>() : nullptr;
+  const auto& kernels = cpu::kernels();
+  const int64_t blocks = (cols + kColumnBlock - 1) / kColumnBlock;
+  parallel(count * blocks, rows * cols, [&](int64_t begin, int64_t end) {
+    std::array<float, kColumnBlock> lost;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t c = task / blocks, col = task % blocks * kColumnBlock;
+      const Chunk& chunk = plan.chunks[size_t(c)];
+      const float* s = chunk.adapter < 0 ? scales.view.ones : scales.view.scale + chunk.adapter * cols;
+      kernels.activation_backward(args, plan.order.empty() ? nullptr : plan.order.data(), s,
+                                  parts == nullptr ? nullptr : parts + c * cols, lost.data(), chunk.begin, chunk.end,
+                                  col, std::min(col + kColumnBlock, cols));
+    }
+  });
+  return {grad_gate, grad_up, wants_scale ? reduce_partials(partials, plan.chunks, *scale) : nothing};
+}
+
+}  // namespace ia3

@@ -1,0 +1,283 @@
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+
+#include "../cpu/kernels.h"
+#include "operators.h"
+
+namespace ia3 {
+namespace {
+
+// Rows up to which the weight is streamed by our own kernel; beyond, a matmul library reuses it better.
+constexpr int64_t kSmallRows = 16;
+// The widened operands of one library call, in elements. Larger blocks of x mean that W is widened less often, larger
+// ones of W that the library's matmul is more efficient; these bound the workspace to about 32 MiB.
+constexpr int64_t kWidenedX = int64_t(4) << 20;
+constexpr int64_t kWidenedWeight = int64_t(2) << 20;
+
+struct Problem {
+  at::Tensor x;  // [*, in]
+  Rows x_rows;
+  at::Tensor weight;  // as stored: [out, in], or [in, out] if transposed; rows dense
+  bool transposed;
+  OptionalTensor bias;
+  ScaleRows input, output;
+  int64_t rows, in, out;
+  at::DimVector shape;  // of y
+};
+
+at::Tensor small_linear(const Problem& p) {
+  const at::Tensor y = empty_output(p.shape, p.x);
+  const auto& kernels = cpu::kernels();
+  const auto* x = static_cast<const float*>(p.x_rows.data);
+  at::Tensor wide;
+  if (p.x.scalar_type() != at::kFloat || p.input.present() || p.x_rows.stride != p.in) {
+    wide = at::detail::empty_cpu({p.rows, p.in}, at::kFloat);
+    float* const widened = wide.mutable_data_ptr<float>();
+    kernels.widen(dtype_of(p.x), p.x_rows.data, p.x_rows.stride, p.in, p.input.pointer(), widened, 0, p.rows);
+    x = widened;
+  }
+  const at::Tensor bias = p.bias ? p.bias->contiguous() : at::Tensor();
+  const SmallLinearArgs args{dtype_of(y),
+                             x,
+                             p.rows,
+                             p.in,
+                             p.out,
+                             p.weight.const_data_ptr(),
+                             p.weight.stride(0),
+                             p.transposed,
+                             p.bias ? bias.const_data_ptr() : nullptr,
+                             p.output.present(),
+                             p.output.view,
+                             y.mutable_data_ptr()};
+  // Multiples of four outputs, which the kernel computes together
+  const int64_t groups = (p.out + 3) / 4;
+  parallel(groups, p.in * p.out,
+           [&](int64_t begin, int64_t end) { kernels.small_linear(args, 4 * begin, std::min(4 * end, p.out)); });
+  return y;
+}
+
+// Scratch that this thread keeps: to map and touch tens of megabytes anew in each call costs as much as using them.
+at::Tensor workspace(int64_t elements) {
+  static thread_local at::Tensor kept;
+  if (!kept.defined() || kept.numel() < elements) {
+    kept = at::Tensor();  // give the old one back first
+    kept = at::empty({elements}, at::kFloat);
+  }
+  return kept;
+}
+
+// fp32 operands from 16-bit ones, block by block, for the library's fp32 matmul. Where the processor's bf16 instruction
+// runs at less than the fp32 rate, this is faster than the library's own bf16 matmul, and more accurate: scales and
+// bias meet fp32 values on both sides, and the only rounding is the last.
+at::Tensor widened_linear(const Problem& p) {
+  const at::Tensor y = empty_output(p.shape, p.x);
+  const auto& kernels = cpu::kernels();
+  const DType dtype = dtype_of(y);
+  const at::Tensor bias = p.bias ? p.bias->contiguous() : at::Tensor();
+  const int64_t row_block = std::min(p.rows, std::max<int64_t>(256, kWidenedX / p.in));
+  const int64_t column_block = std::min(p.out, std::clamp<int64_t>(kWidenedWeight / p.in, 128, 512));
+  const int64_t x_size = row_block * p.in, weight_size = column_block * p.in;
+  const at::Tensor space = workspace(x_size + weight_size + row_block * column_block);
+  const at::Tensor wide_x = space.narrow(0, 0, x_size);
+  const at::Tensor wide_weight = space.narrow(0, x_size, weight_size);
+  const at::Tensor sums = space.narrow(0, x_size + weight_size, row_block * column_block);
+  const int64_t element = p.weight.element_size();
+  const auto* weight = static_cast<const char*>(p.weight.const_data_ptr());
+
+  for (int64_t row = 0; row < p.rows; row += row_block) {
+    const int64_t rows = std::min(row_block, p.rows - row);
+    const auto* x = static_cast<const char*>(p.x_rows.data) + row * p.x_rows.stride * element;
+    RowScales input = p.input.view, output = p.output.view;
+    if (input.index != nullptr) input.index += row;
+    if (output.index != nullptr) output.index += row;
+    parallel(rows, rows * p.in, [&](int64_t begin, int64_t end) {
+      kernels.widen(dtype, x, p.x_rows.stride, p.in, p.input.present() ? &input : nullptr,
+                    wide_x.mutable_data_ptr<float>(), begin, end);
+    });
+    const at::Tensor left = wide_x.narrow(0, 0, rows * p.in).view({rows, p.in});
+    for (int64_t column = 0; column < p.out; column += column_block) {
+      const int64_t columns = std::min(column_block, p.out - column);
+      // The block of W as [columns, in], or as [in, columns] where W is stored transposed
+      const int64_t weight_rows = p.transposed ? p.in : columns;
+      const int64_t weight_cols = p.transposed ? columns : p.in;
+      const auto* block = weight + column * (p.transposed ? 1 : p.weight.stride(0)) * element;
+      parallel(weight_rows, weight_rows * weight_cols, [&](int64_t begin, int64_t end) {
+        kernels.widen(dtype, block, p.weight.stride(0), weight_cols, nullptr, wide_weight.mutable_data_ptr<float>(),
+                      begin, end);
+      });
+      const at::Tensor stored = wide_weight.narrow(0, 0, columns * p.in).view({weight_rows, weight_cols});
+      at::Tensor product = sums.narrow(0, 0, rows * columns).view({rows, columns});
+      at::mm_out(product, left, p.transposed ? stored : stored.t());
+      parallel(rows, rows * columns, [&](int64_t begin, int64_t end) {
+        kernels.narrow(dtype, product.const_data_ptr<float>(), columns, columns, column,
+                       p.bias ? bias.const_data_ptr() : nullptr, p.output.present() ? &output : nullptr,
+                       static_cast<char*>(y.mutable_data_ptr()) + row * p.out * element, p.out, begin, end);
+      });
+    }
+  }
+  return y;
+}
+
+// The library's matmul in the operands' dtype, then bias and scale in one pass over the output, in place.
+at::Tensor library_linear(const Problem& p) {
+  const auto& kernels = cpu::kernels();
+  const DType dtype = dtype_of(p.x);
+  at::Tensor x = p.x;
+  if (p.input.present()) {
+    x = empty_output(p.x.sizes(), p.x);
+    const ActivationArgs args{dtype,        Activation::kIdentity, p.x_rows.data, p.x_rows.stride, nullptr, 0,
+                              p.input.view, x.mutable_data_ptr(),  p.in};
+    parallel(p.rows, x.numel(), [&](int64_t begin, int64_t end) { kernels.activation(args, begin, end, 0, p.in); });
+  }
+  const at::Tensor weight = p.transposed ? p.weight.t() : p.weight;
+  if (!p.output.present()) return at::linear(x, weight, p.bias);
+  const bool wide = x.scalar_type() == at::kFloat;
+  // In fp32 the bias can wait for the pass over the output; a 16-bit matmul must add it before it rounds.
+  const at::Tensor y = at::linear(x, weight, wide ? std::nullopt : p.bias);
+  if (wide) {
+    const at::Tensor bias = p.bias ? p.bias->contiguous() : at::Tensor();
+    float* values = y.mutable_data_ptr<float>();
+    parallel(p.rows, y.numel(), [&](int64_t begin, int64_t end) {
+      kernels.narrow(dtype, values, p.out, p.out, 0, p.bias ? bias.const_data_ptr() : nullptr, &p.output.view, values,
+                     p.out, begin, end);
+    });
+  } else {
+    const ActivationArgs args{dtype, Activation::kIdentity, y.const_data_ptr(),   p.out, nullptr,
+                              0,     p.output.view,         y.mutable_data_ptr(), p.out};
+    parallel(p.rows, y.numel(), [&](int64_t begin, int64_t end) { kernels.activation(args, begin, end, 0, p.out); });
+  }
+  return y;
+}
+
+double fastest_seconds(int rounds, const std::function<void()>& run) {
+  double fastest = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < rounds; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    run();
+    fastest = std::min(fastest, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  }
+  return fastest;
+}
+
+bool measure_widening_wins(at::ScalarType dtype) {
+  constexpr int64_t kRows = 512, kSize = 512;  // some twenty milliseconds in all
+  const at::Tensor x = at::ones({kRows, kSize}, dtype), weight = at::ones({kSize, kSize}, dtype);
+  const Problem p{x,
+                  rows_of(x),
+                  weight,
+                  false,
+                  std::nullopt,
+                  {std::nullopt, std::nullopt, kSize, false},
+                  {std::nullopt, std::nullopt, kSize, false},
+                  kRows,
+                  kSize,
+                  kSize,
+                  {kRows, kSize}};
+  double widened = std::numeric_limits<double>::infinity(), library = widened;
+  widened_linear(p);
+  library_linear(p);
+  for (int i = 0; i < 4; ++i) {
+    widened = std::min(widened, fastest_seconds(2, [&] { widened_linear(p); }));
+    library = std::min(library, fastest_seconds(2, [&] { library_linear(p); }));
+  }
+  // Where they differ at all, the two differ by a third or more; a tie goes to the library.
+  return widened < 0.85 * library;
+}
+
+bool widens(at::ScalarType dtype) {
+  static const std::string requested = [] {
+    const char* variable = std::getenv("IA3_CPU_MATMUL");
+    const std::string value = variable == nullptr || *variable == '\0' ? "auto" : variable;
+    TORCH_CHECK(value == "auto" || value == "widen" || value == "library", "IA3_CPU_MATMUL is '", value,
+                "'; expected auto, widen or library.");
+    return value;
+  }();
+  if (dtype != at::kBFloat16 && dtype != at::kHalf) return false;
+  if (requested != "auto") return requested == "widen";
+  static const bool bfloat16 = measure_widening_wins(at::kBFloat16);
+  if (dtype == at::kBFloat16) return bfloat16;
+  static const bool float16 = measure_widening_wins(at::kHalf);
+  return float16;
+}
+
+}  // namespace
+
+at::Tensor scaled_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                         const OptionalTensor& adapter_index) {
+  constexpr std::string_view op = "scaled_linear";
+  TORCH_CHECK(weight.dim() == 2, op, ": weight has shape ", weight.sizes(), "; expected [out, in].");
+  const auto check_like_x = [&](const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", tensor.scalar_type(),
+                ", but x has ", x.scalar_type(), "; convert one of them.");
+    TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, " is on ", tensor.device(), ", but x is on ", x.device(),
+                "; move one of them.");
+  };
+  check_like_x("weight", weight);
+  const int64_t in = weight.size(1), out = weight.size(0);
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in, op, ": x has shape ", x.sizes(), ", but weight has in_features ", in,
+              "; expected them to be equal to x's last dimension.");
+  if (bias) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out, op, ": bias has shape ", bias->sizes(), "; expected [", out,
+                "].");
+    check_like_x("bias", *bias);
+  }
+  check_scale(op, "input_scale", input_scale, in, x, adapter_index);
+  check_scale(op, "output_scale", output_scale, out, x, adapter_index);
+  check_index(op, adapter_index, x, {&input_scale, &output_scale});
+  dtype_of(x);
+
+  at::DimVector shape(x.sizes().begin(), x.sizes().end() - 1);
+  shape.push_back(out);
+  const int64_t rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+  if (rows == 0 || out == 0) return empty_output(shape, x);
+  if (in == 0) {  // an empty sum: the bias alone, scaled
+    const at::Tensor y = bias ? bias->expand(shape) : at::zeros(shape, x.options());
+    return output_scale ? activation(op, y, std::nullopt, output_scale, "identity", adapter_index) : y.contiguous();
+  }
+
+  const bool dense = weight.stride(1) == 1 || in == 1;
+  const bool transposed = !dense && (weight.stride(0) == 1 || out == 1);
+  const Rows x_rows = rows_of(x);
+  const Problem problem{x_rows.owner.defined() ? x_rows.owner : x,
+                        x_rows,
+                        dense        ? weight
+                        : transposed ? weight.t()
+                                     : weight.contiguous(),
+                        transposed,
+                        bias,
+                        {input_scale, adapter_index, in, false},
+                        {output_scale, adapter_index, out, false},
+                        rows,
+                        in,
+                        out,
+                        shape};
+  return rows <= kSmallRows        ? small_linear(problem)
+         : widens(x.scalar_type()) ? widened_linear(problem)
+                                   : library_linear(problem);
+}
+
+std::string matmul_route(at::ScalarType dtype) { return widens(dtype) ? "widen" : "library"; }
+
+bool recovers_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& output_scale) {
+  // fp16's range is narrow: z s may round to a subnormal or overflow where z does not.
+  if (x.scalar_type() == at::kHalf) return false;
+  // The library's 16-bit matmul rounds z before it is scaled; y / s would then carry two roundings, z itself one.
+  const int64_t rows = x.numel() / std::max<int64_t>(1, weight.size(1));
+  if (x.scalar_type() == at::kBFloat16 && rows > kSmallRows && !widens(at::kBFloat16)) return false;
+  const at::Tensor scale = output_scale.to(at::kFloat).contiguous();
+  const float* s = scale.const_data_ptr<float>();
+  constexpr float kSmallest = 0x1p-20f, kLargest = 0x1p20f;
+  for (int64_t i = 0; i < scale.numel(); ++i) {
+    const float magnitude = std::fabs(s[i]);
+    // Written so that NaN fails too
+    if (!(magnitude >= kSmallest && magnitude <= kLargest)) return false;
+  }
+  return true;
+}
+
+}  // namespace ia3

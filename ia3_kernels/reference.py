@@ -1,0 +1,186 @@
+"""Every operator in plain torch: the oracle that tests hold backends to, and the fallback where no kernel applies.
+
+Arithmetic is in fp32 (fp64 for fp64 inputs) with one rounding at the end, except that a matmul rounds its own result to
+the input's dtype, as ``torch.nn.functional.linear`` does. Shapes and errors are those of ``schemas``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .schemas import check_activation, check_scale_weight_, check_scaled_linear
+
+# --- activations and their derivatives ---------------------------------------------------------------------------
+
+# name -> (act(x), dy ∘ act'(x) from dy and x)
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (
+        functools.partial(F.gelu, approximate="tanh"),
+        functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+    "relu": (F.relu, lambda dy, x: dy * (x > 0)),
+    "relu2": (lambda x: F.relu(x).square(), lambda dy, x: dy * 2 * F.relu(x)),
+    "identity": (lambda x: x, lambda dy, x: dy),
+}
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows_of_scale(scale: Tensor, adapter_index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The scale as it multiplies the rows: ``[n]``, or gathered to ``[*, n]`` with ones where the index is -1."""
+    scale = scale.to(dtype)
+    if adapter_index is None:
+        return scale
+    adapters = scale.shape[0]
+    # An async assert cannot be a sentence, so the bounds are only read on the host where that costs no synchronization.
+    if adapter_index.device.type == "cpu" and adapter_index.numel():
+        low, high = int(adapter_index.min()), int(adapter_index.max())
+        if low < -1 or high >= adapters:
+            raise IndexError(
+                f"adapter_index holds {low if low < -1 else high}; expected -1 (no adapter) to {adapters - 1}, "
+                f"since the scale has {adapters} rows."
+            )
+    ones = scale.new_ones(1, scale.shape[1])
+    return (
+        torch.cat([scale, ones])
+        .index_select(0, adapter_index.reshape(-1).long() % (adapters + 1))
+        .view(*adapter_index.shape, -1)
+    )
+
+
+def _reduce_scale_gradient(product: Tensor, scale: Tensor, adapter_index: Tensor | None) -> Tensor:
+    """Sum ``product [*, n]`` over the rows that used each scale; ``[n]`` or ``[A, n]`` in the scale's dtype."""
+    rows = product.reshape(math.prod(product.shape[:-1]), product.shape[-1])
+    if adapter_index is None:
+        return rows.sum(0).to(scale.dtype)
+    # A one-hot matmul instead of index_add: no atomics, so the same bits on every device and run.
+    chosen = adapter_index.reshape(-1, 1) == torch.arange(scale.shape[0], device=scale.device, dtype=torch.int32)
+    return (chosen.to(rows.dtype).t() @ rows).to(scale.dtype)
+
+
+# --- forward -----------------------------------------------------------------------------------------------------
+
+
+def scaled_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+) -> Tensor:
+    check_scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
+    dtype = _compute_dtype(x.dtype)
+    # y = ((x ∘ s_in) Wᵀ + b) ∘ s_out
+    if input_scale is not None:
+        x = (x.to(dtype) * _rows_of_scale(input_scale, adapter_index, dtype)).to(x.dtype)
+    y = F.linear(x, weight, bias)
+    if output_scale is not None:
+        y = (y.to(dtype) * _rows_of_scale(output_scale, adapter_index, dtype)).to(y.dtype)
+    return y
+
+
+def gated_activation(
+    gate: Tensor,
+    up: Tensor,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    adapter_index: Tensor | None = None,
+) -> Tensor:
+    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
+    dtype = _compute_dtype(gate.dtype)
+    # h = act(g) ∘ u ∘ s
+    h = _ACTIVATIONS[activation][0](gate.to(dtype)) * up.to(dtype)
+    if scale is not None:
+        h = h * _rows_of_scale(scale, adapter_index, dtype)
+    return h.to(gate.dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def scaled_activation(
+    x: Tensor, scale: Tensor | None = None, activation: str = "silu", adapter_index: Tensor | None = None
+) -> Tensor:
+    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
+    dtype = _compute_dtype(x.dtype)
+    # h = act(x) ∘ s
+    h = _ACTIVATIONS[activation][0](x.to(dtype))
+    if scale is not None:
+        h = h * _rows_of_scale(scale, adapter_index, dtype)
+    # An operator never returns its input, which `identity` without a scale would otherwise do.
+    return h.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
+    check_scale_weight_(weight, scale, dim)
+    dtype = _compute_dtype(weight.dtype)
+    # W ← diag(s) W (dim 0) or W diag(s) (dim 1)
+    factor = scale.to(dtype).unsqueeze(1 - dim)
+    weight.copy_(weight.to(dtype) * factor)
+
+
+# --- backward ----------------------------------------------------------------------------------------------------
+
+
+def gated_activation_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(gate.dtype)
+    act, act_backward = _ACTIVATIONS[activation]
+    dh, g, u = grad.to(dtype), gate.to(dtype), up.to(dtype)
+    wants_gate, wants_up, wants_scale = output_mask
+    dhs = dh if scale is None else dh * _rows_of_scale(scale, adapter_index, dtype)
+    nothing = gate.new_empty(0)
+    # dg = dh ∘ s ∘ u ∘ act'(g) ; du = dh ∘ s ∘ act(g) ; ds = Σ dh ∘ act(g) ∘ u
+    grad_gate = act_backward(dhs * u, g).to(gate.dtype) if wants_gate else nothing
+    grad_up = (dhs * act(g)).to(up.dtype) if wants_up else nothing
+    if wants_scale and scale is not None:
+        return grad_gate, grad_up, _reduce_scale_gradient(dh * act(g) * u, scale, adapter_index)
+    return grad_gate, grad_up, nothing if scale is None else scale.new_empty(0)
+
+
+def scaled_activation_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    dtype = _compute_dtype(x.dtype)
+    act, act_backward = _ACTIVATIONS[activation]
+    dh, x32 = grad.to(dtype), x.to(dtype)
+    wants_x, wants_scale = output_mask
+    dhs = dh if scale is None else dh * _rows_of_scale(scale, adapter_index, dtype)
+    # dx = dh ∘ s ∘ act'(x) ; ds = Σ dh ∘ act(x)
+    grad_x = act_backward(dhs, x32).to(x.dtype) if wants_x else x.new_empty(0)
+    if wants_scale and scale is not None:
+        return grad_x, _reduce_scale_gradient(dh * act(x32), scale, adapter_index)
+    return grad_x, x.new_empty(0) if scale is None else scale.new_empty(0)
+
+
+OPERATORS: dict[str, Callable[..., object]] = {
+    "scaled_linear": scaled_linear,
+    "gated_activation": gated_activation,
+    "scaled_activation": scaled_activation,
+    "scale_weight_": scale_weight_,
+    "gated_activation_backward": gated_activation_backward,
+    "scaled_activation_backward": scaled_activation_backward,
+}

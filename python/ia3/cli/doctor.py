@@ -1,0 +1,54 @@
+"""`ia3 doctor`: what is installed, what was built, and which backend runs what, and why."""
+
+from __future__ import annotations
+
+import platform
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+OPTIONAL = ("transformers", "peft", "accelerate", "gguf", "matplotlib")
+OPERATORS = ("scaled_linear", "gated_activation", "scaled_activation", "scale_weight_")
+
+
+def run() -> None:
+    """Prints three tables: the installation, the backends, and the choice for each operator, device and dtype."""
+    import torch
+
+    from ia3_kernels import backends, explain, target
+
+    console = Console()
+    installation = Table(title="Installation", title_justify="left", show_header=False)
+    installation.add_row("system", platform.platform())
+    for label, fact in target.describe().items():
+        installation.add_row(label, escape(fact))
+    for package in OPTIONAL:
+        installation.add_row(package, target.version(package) or "not installed")
+    console.print(installation)
+
+    built = Table("backend", "available", "why", title="Backends", title_justify="left")
+    for status in backends.report():
+        built.add_row(status.name, "yes" if status.available else "no", escape(status.reason))
+    console.print(built)
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    chosen = Table("operator", "device", *names, title="Chosen", title_justify="left")
+    reasons: list[str] = []  # many choices share one reason, so the table holds its number
+    for operator in OPERATORS:
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            cells = []
+            for dtype in dtypes:
+                try:
+                    choice = explain(operator, device=device, dtype=dtype)
+                    backend, reason = choice.backend, choice.reason
+                except (RuntimeError, ValueError) as error:  # a backend asked for by name that cannot do it
+                    backend, reason = "none", str(error)
+                if reason not in reasons:
+                    reasons.append(reason)
+                cells.append(f"{backend} ({reasons.index(reason) + 1})")
+            chosen.add_row(operator, device, *cells)
+    console.print(chosen)
+    for number, reason in enumerate(reasons, start=1):
+        console.print(f"({number}) {reason}", markup=False, highlight=False)

@@ -1,0 +1,82 @@
+"""Writing files so that a reader never sees half of one: everything is written beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import IA3Error
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A new, empty folder next to ``path`` (so on the same file system), gone at the end."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise IA3Error(
+            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written."
+        ) from error
+    try:
+        yield workplace
+    except OSError as error:
+        raise IA3Error(f"cannot write {path}: {error.strerror or error}; nothing there was replaced.") from error
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _with_usual_permissions(path: Path, is_folder: bool) -> Path:
+    """Give ``path`` the permissions of a newly made file; ``mkdtemp`` makes folders for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if is_folder else 0o666) & ~mask)
+    return path
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to the file ``path``, making its folder where missing; raises :class:`IA3Error`."""
+    target = Path(path)
+    if target.is_dir():
+        raise IA3Error(f"cannot write the file {target}: a folder of that name exists; choose another name.")
+    with _beside(target) as workplace:
+        written = workplace / target.name
+        with open(written, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(written, target)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8 to the file ``path``; as :func:`atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a scratch folder whose files appear in ``path`` when the block ends without an exception.
+
+    A folder that does not exist yet appears in one rename. In one that does, each file replaces its namesake in one
+    rename and files of other names stay. After an exception ``path`` is as it was. Raises :class:`IA3Error`.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise IA3Error(f"cannot write the folder {target}: a file of that name exists; choose another name.")
+    with _beside(target) as workplace:
+        content = workplace / "content"
+        content.mkdir()
+        yield content
+        if not target.exists():
+            os.replace(_with_usual_permissions(content, is_folder=True), target)
+            return
+        for written in sorted(content.rglob("*")):
+            place = target / written.relative_to(content)
+            if written.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                os.replace(written, place)

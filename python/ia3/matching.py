@@ -1,0 +1,329 @@
+"""Which modules a configuration means: PEFT's rules, and sentences where they lead nowhere."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import IA3Config, TaskType
+from .errors import IA3Error
+from .layers import IA3Linear, is_supported
+from .saved_modules import ModulesToSaveWrapper
+
+ALL_LINEAR = "all-linear"
+
+_DECODER = ("q_proj v_proj down_proj", "down_proj")
+_FUSED_QKV = ("query_key_value dense_4h_to_h", "dense_4h_to_h")
+# model_type: (targets, those of them that are feed-forward); the table of PEFT 0.21.
+DEFAULT_MODULES: dict[str, tuple[str, str]] = {
+    "t5": ("k v wo", "wo"),
+    "mt5": ("k v wi_1", ""),
+    "gpt2": ("c_attn mlp.c_proj", "mlp.c_proj"),
+    "bloom": ("query_key_value mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),
+    "roberta": ("key value output.dense", "output.dense"),
+    "bert": ("key value output.dense", "output.dense"),
+    "opt": ("q_proj k_proj fc2", "fc2"),
+    "gptj": ("q_proj v_proj fc_out", "fc_out"),
+    "gpt_neox": _FUSED_QKV,
+    "gpt_neo": ("q_proj v_proj c_proj", "c_proj"),
+    "bart": ("q_proj v_proj fc2", "fc2"),
+    "gpt_bigcode": ("c_attn mlp.c_proj", "mlp.c_proj"),
+    "llama": ("k_proj v_proj down_proj", "down_proj"),
+    "mistral": ("k_proj v_proj down_proj", "down_proj"),
+    "mixtral": ("k_proj v_proj w2", "w2"),
+    "llama4": _DECODER,
+    "gemma": _DECODER,
+    "gemma2": _DECODER,
+    "gemma3_text": _DECODER,
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+    "deberta-v2": ("key_proj value_proj output.dense", "output.dense"),
+    "deberta": ("in_proj output.dense", "output.dense"),
+    "RefinedWeb": _FUSED_QKV,
+    "RefinedWebModel": _FUSED_QKV,
+    "falcon": _FUSED_QKV,
+    "phi": ("q_proj v_proj fc2", "fc2"),
+}
+
+# The heads that belong to a task; a model has one of them.
+TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to be scaled: its name in the model, the module, and the side of the vector."""
+
+    path: str
+    module: nn.Module
+    is_feedforward: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that one adapter will touch, found before anything is touched."""
+
+    config: IA3Config  # a copy of the user's, with the defaults and the heads filled in
+    targets: tuple[Target, ...]
+    saved: tuple[tuple[str, nn.Module], ...]  # modules_to_save, by name
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the inside of layers and heads that already carry adapters."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not path or path.startswith(inside):
+            continue
+        yield path, module
+        if isinstance(module, (IA3Linear, ModulesToSaveWrapper)):
+            inside += (path + ".",)
+
+
+def carriers(model: nn.Module) -> Iterator[tuple[str, IA3Linear | ModulesToSaveWrapper]]:
+    """The modules of ``model`` that carry adapters, by name."""
+    for path, module in model.named_modules():
+        if isinstance(module, (IA3Linear, ModulesToSaveWrapper)):
+            yield path, module
+
+
+def model_type(model: nn.Module) -> str | None:
+    """The ``model_type`` of a transformers model's configuration, or ``None``."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _is_named(path: str, entries: Iterable[str]) -> bool:
+    return any(path == entry or path.endswith("." + entry) for entry in entries)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
+    """The last components of the linear layers' names, each once, in the model's order."""
+    return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if is_supported(module)))
+
+
+def _suggestion(model: nn.Module, modules: dict[str, nn.Module], wanted: Iterable[str]) -> str:
+    """What to do about names that the model lacks."""
+    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    if fused:
+        return (
+            f"its experts are fused into three-dimensional parameters ({fused[0]!r} and others), which have no module "
+            f"to scale: set target_modules to linear layers, of which there are {_quoted(_linear_names(modules))}"
+        )
+    linear = _linear_names(modules)
+    endings = [".".join(path.split(".")[-2:]) for path, module in modules.items() if is_supported(module)]
+    near: dict[str, None] = {}
+    for name in wanted:
+        candidates = list(dict.fromkeys(endings)) if "." in name else linear
+        near.update(dict.fromkeys(difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)))
+    if near:
+        return f"did you mean {_quoted(near)} (its linear layers are named {_quoted(linear)})"
+    return f"use names of its linear layers: {_quoted(linear)}"
+
+
+def _unknown_names(field: str, names: Iterable[str], model: nn.Module, modules: dict[str, nn.Module]) -> IA3Error:
+    names = sorted(names)
+    return IA3Error(
+        f"{field} names {_quoted(names)}, which {'matches' if len(names) == 1 else 'match'} no module of this "
+        f"{type(model).__name__}; {_suggestion(model, modules, names)}."
+    )
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config) -> list[str]:
+    """Every linear layer but the output layer."""
+    getter: Any = getattr(model, "get_output_embeddings", lambda: None)
+    output = getter()
+    if output is None and config.task_type == TaskType.SEQ_CLS:
+        output = next((getattr(model, name) for name in TASK_HEADS[TaskType.SEQ_CLS] if hasattr(model, name)), None)
+    return [
+        path
+        for path, module in modules.items()
+        if (is_supported(module) or isinstance(module, IA3Linear)) and module is not output
+    ]
+
+
+def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config, strict: bool) -> list[str]:
+    """The names that ``target_modules`` matches, before exclusion."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        if targets.lower() == ALL_LINEAR:
+            return _all_linear(model, modules, config)
+        matched = [path for path in modules if re.fullmatch(targets, path)]
+        if not matched:
+            raise IA3Error(
+                f"target_modules is the regular expression {targets!r}, which matches no module of this "
+                f"{type(model).__name__} from its first to its last character; "
+                f"{_suggestion(model, modules, [targets])}."
+            )
+        return matched
+    entries = targets or ()
+    matched = [path for path in modules if _is_named(path, entries)]
+    missing = [entry for entry in entries if not any(_is_named(path, (entry,)) for path in matched)]
+    if not entries:
+        raise IA3Error(f"target_modules is empty; {_suggestion(model, modules, ())}.")
+    if missing and (strict or not matched):
+        raise _unknown_names("target_modules", missing, model, modules)
+    return matched
+
+
+def _is_excluded(path: str, config: IA3Config) -> bool:
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, path):
+            return True
+    elif excluded and _is_named(path, excluded):
+        return True
+    # A module that is trained whole has no use for vectors, nor has anything inside it.
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in config.modules_to_save or ())
+
+
+def _is_feedforward(path: str, feedforward: set[str] | list[str] | str | None) -> bool:
+    if isinstance(feedforward, str):
+        return re.fullmatch(feedforward, path) is not None
+    return any(path.endswith(entry) for entry in feedforward or ())
+
+
+def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
+    """A copy with the default targets of the model's type and the heads of the task filled in."""
+    config = copy.deepcopy(config)
+    kind = model_type(model)
+    known = DEFAULT_MODULES.get(kind or "")
+    if config.target_modules is None:
+        if known is None:
+            raise IA3Error(
+                f"target_modules is not set, and there are no defaults for the model type {kind!r}; set target_modules "
+                "and feedforward_modules."
+            )
+        config.target_modules = set(known[0].split())
+    if config.feedforward_modules is None:
+        if known is None:
+            raise IA3Error(
+                f"feedforward_modules is not set, and there are no defaults for the model type {kind!r}; name the "
+                "targets whose input is to be scaled, or pass [] for none."
+            )
+        config.feedforward_modules = set(known[1].split())
+    if config.task_type in TASK_HEADS:
+        names = config.modules_to_save or []
+        heads = TASK_HEADS[TaskType(config.task_type)]
+        config.modules_to_save = [*names, *(name for name in heads if name not in names)]
+    return config
+
+
+def _storable_feedforward(config: IA3Config, paths: list[str]) -> set[str] | str:
+    """The default feed-forward names in a form that a saved configuration may hold beside an explicit target list.
+
+    A list has to be a subset of ``target_modules``; where the targets that are meant cannot be told apart by their
+    entries, a regular expression says the same.
+    """
+    defaults, targets = config.feedforward_modules, config.target_modules
+    if not isinstance(defaults, set) or not isinstance(targets, set) or defaults <= targets:
+        return defaults  # type: ignore[return-value]
+    subset = {entry for entry in targets if _is_feedforward(entry, defaults)}
+    if all(_is_feedforward(path, defaults) == _is_feedforward(path, subset) for path in paths):
+        return subset
+    return f".*({'|'.join(re.escape(name) for name in sorted(defaults))})"
+
+
+def _saved_modules(model: nn.Module, config: IA3Config, explicit: Iterable[str]) -> list[tuple[str, nn.Module]]:
+    """The modules that ``modules_to_save`` means: those whose names end with an entry."""
+    entries = config.modules_to_save or []
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in named_base_modules(model):
+        is_inside = any(path.startswith(outer + ".") for outer, _ in found)
+        if not is_inside and any(path.endswith(entry) for entry in entries):
+            found.append((path, module))
+    missing = sorted(entry for entry in explicit if not any(path.endswith(entry) for path, _ in found))
+    if missing:
+        names = [name for name, _ in model.named_children()]
+        raise IA3Error(
+            f"modules_to_save names {_quoted(missing)}, which this {type(model).__name__} lacks; the modules at its "
+            f"top are {_quoted(names)}: correct the name."
+        )
+    return found
+
+
+def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) -> Plan:
+    """Find what ``config`` means in ``model`` without changing either.
+
+    strict: every entry of a list must match something. Loading a saved adapter is not strict: PEFT saves
+    configurations with entries that match nothing, and the tensors in the file decide then.
+
+    Raises :class:`IA3Error` for names that the model lacks (with near ones), for layers of an unsupported kind, and
+    where nothing is left to scale.
+    """
+    modules = dict(named_base_modules(model))
+    explicit_feedforward = config.feedforward_modules
+    # A model has one of its task's heads; naming the others too is what a saved configuration does.
+    heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
+    explicit_saved = [name for name in config.modules_to_save or () if strict and name not in heads]
+    config = _with_defaults(model, config)
+    matched = _matched_targets(model, modules, config, strict)
+    paths = [path for path in matched if not _is_excluded(path, config)]
+    if not paths:
+        raise IA3Error(
+            f"nothing is left to scale: exclude_modules and modules_to_save take out all {len(matched)} modules that "
+            "target_modules matches; narrow them."
+        )
+    if explicit_feedforward is None:
+        config.feedforward_modules = _storable_feedforward(config, paths)
+    else:
+        _check_feedforward(model, modules, config, paths, strict)
+    targets = tuple(Target(path, modules[path], _is_feedforward(path, config.feedforward_modules)) for path in paths)
+    for target in targets:
+        if not is_supported(target.module) and not isinstance(target.module, IA3Linear):
+            raise IA3Error(
+                f"target_modules matches {target.path!r}, which is a {type(target.module).__name__}; only nn.Linear "
+                f"and Conv1D layers can be scaled: {_suggestion(model, modules, [target.path.rpartition('.')[2]])}."
+            )
+        if isinstance(target.module, IA3Linear) and target.module.is_feedforward != target.is_feedforward:
+            raise IA3Error(
+                f"{target.path!r} already scales its {'input' if target.module.is_feedforward else 'output'} for "
+                "another adapter, and this one asks for the other side; make feedforward_modules agree."
+            )
+    config.fan_in_fan_out = _corrected_fan_in_fan_out(config, targets)
+    return Plan(config, targets, tuple(_saved_modules(model, config, explicit_saved)))
+
+
+def _check_feedforward(
+    model: nn.Module, modules: dict[str, nn.Module], config: IA3Config, paths: list[str], strict: bool
+) -> None:
+    """Entries that a user wrote have to mean something."""
+    feedforward = config.feedforward_modules
+    if isinstance(feedforward, str):
+        if not any(_is_feedforward(path, feedforward) for path in paths):
+            warnings.warn(
+                f"feedforward_modules is the regular expression {feedforward!r}, which matches none of the "
+                f"{len(paths)} targets; all of them scale their outputs.",
+                stacklevel=4,
+            )
+    elif strict:
+        missing = [entry for entry in feedforward or () if not any(path.endswith(entry) for path in modules)]
+        if missing:
+            raise _unknown_names("feedforward_modules", missing, model, modules)
+
+
+def _corrected_fan_in_fan_out(config: IA3Config, targets: tuple[Target, ...]) -> bool:
+    """Whether weights are stored ``[in, out]``, told from the layers; a configuration that says otherwise is warned."""
+    bases = [target.module.base_layer if isinstance(target.module, IA3Linear) else target.module for target in targets]
+    has_conv1d = any(isinstance(base, Conv1D) for base in bases)
+    if config.fan_in_fan_out != has_conv1d:
+        kinds = sorted({type(base).__name__ for base in bases})
+        warnings.warn(
+            f"fan_in_fan_out is {config.fan_in_fan_out}, but the targets are {' and '.join(kinds)} layers; it is set "
+            f"to {has_conv1d}.",
+            stacklevel=4,
+        )
+    return has_conv1d

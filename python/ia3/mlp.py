@@ -1,0 +1,250 @@
+"""Fused feed-forward blocks: the down projection's input vector is folded into the activation before it.
+
+A block is patched on the instance, by an attribute that hides the class's method and can be deleted again. Which
+blocks can be is a table: a row names the projections and the activation, and lists every name that the class's own
+method reads. A class whose method reads anything else computes something else, so no row applies to it, whatever its
+children are called; that is also how a method that another library has replaced is told.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import activations
+
+from ia3_kernels import gated_activation, scaled_activation
+
+from .layers import IA3Linear, effective_scale, is_untouched, project
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one family of blocks is built; names are those of its children.
+
+    reads: every name that the method of the class reads, and no other.
+    up, down, activation, gate: the projections and the activation; no ``gate`` where the block has none.
+    is_joined: ``up`` computes ``[gate, up]`` side by side.
+    dropout: between the activation and the down projection.
+    after: applied to the down projection's output.
+    norm: applied at the end, to the sum with the block's input.
+    casts: the input of ``down`` takes the dtype of its weight.
+    method: what is patched.
+    inner, outer: the child that holds ``up`` and ``activation``, the one that holds ``down`` and what follows it, and
+        what their own methods read; the block itself where not given.
+    """
+
+    family: str
+    reads: frozenset[str]
+    up: str
+    down: str
+    activation: str
+    gate: str | None = None
+    is_joined: bool = False
+    dropout: str | None = None
+    after: str | None = None
+    norm: str | None = None
+    casts: bool = False
+    method: str = "forward"
+    inner: str | None = None
+    inner_reads: frozenset[str] = frozenset()
+    outer: str | None = None
+    outer_reads: frozenset[str] = frozenset()
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_CAST = "isinstance torch Tensor weight dtype int8 to"
+
+ROWS = (
+    Row("gated", _names("gate_proj up_proj down_proj act_fn"), "up_proj", "down_proj", "act_fn", gate="gate_proj"),
+    Row(
+        "joined gate_up",
+        _names("gate_up_proj chunk activation_fn down_proj"),
+        "gate_up_proj",
+        "down_proj",
+        "activation_fn",
+        is_joined=True,
+    ),
+    Row(
+        "T5 gated",
+        _names(f"wi_0 wi_1 wo act dropout {_CAST}"),
+        "wi_1",
+        "wo",
+        "act",
+        gate="wi_0",
+        dropout="dropout",
+        casts=True,
+    ),
+    Row("T5 plain", _names(f"wi wo act dropout {_CAST}"), "wi", "wo", "act", dropout="dropout", casts=True),
+    Row("GPT-2", _names("c_fc c_proj act dropout"), "c_fc", "c_proj", "act", after="dropout"),
+    Row("GPT-J", _names("fc_in fc_out act dropout"), "fc_in", "fc_out", "act", after="dropout"),
+    Row("GPT-NeoX", _names("dense_h_to_4h dense_4h_to_h act"), "dense_h_to_4h", "dense_4h_to_h", "act"),
+    Row("Phi", _names("fc1 fc2 activation_fn"), "fc1", "fc2", "activation_fn"),
+    Row(
+        "BERT",
+        _names("intermediate output"),
+        "dense",
+        "dense",
+        "intermediate_act_fn",
+        after="dropout",
+        norm="LayerNorm",
+        method="feed_forward_chunk",
+        inner="intermediate",
+        inner_reads=_names("dense intermediate_act_fn"),
+        outer="output",
+        outer_reads=_names("dense dropout LayerNorm"),
+    ),
+)
+
+_BY_CLASS: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Identity: "identity"}
+for _class_name, _activation in {
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "ReLUSquaredActivation": "relu2",
+    "LinearActivation": "identity",
+}.items():
+    if hasattr(activations, _class_name):  # the list changes between releases
+        _BY_CLASS[getattr(activations, _class_name)] = _activation
+_BY_FUNCTION = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"), (torch.relu, "relu"))
+
+
+def activation_name(activation: Any) -> str | None:
+    """Our name of a transformers or torch activation, module or function; ``None`` where we have none."""
+    kind = type(activation)
+    name = _BY_CLASS.get(kind)
+    if name is None and kind is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    if name is None and not isinstance(activation, nn.Module):
+        return next((name for function, name in _BY_FUNCTION if activation is function), None)
+    return name
+
+
+def _reads(kind: type, method: str) -> frozenset[str] | None:
+    """The names that a class's method reads: attributes and globals."""
+    code = getattr(getattr(kind, method, None), "__code__", None)
+    return None if code is None else frozenset(code.co_names)
+
+
+def row_of(block: nn.Module) -> Row | None:
+    """The row that describes ``block``, or ``None``."""
+    for row in ROWS:
+        if _reads(type(block), row.method) != row.reads:
+            continue
+        holders = ((row.inner, row.inner_reads), (row.outer, row.outer_reads))
+        if all(name is None or _reads(type(block._modules.get(name)), "forward") == reads for name, reads in holders):
+            return row
+    return None
+
+
+def _holder(block: nn.Module, name: str | None) -> nn.Module:
+    return block if name is None else block._modules[name]  # type: ignore[return-value]
+
+
+def _activation_of(inner: nn.Module, row: Row) -> Any:
+    activation = inner._modules.get(row.activation)
+    return getattr(inner, row.activation) if activation is None else activation  # a function is no child
+
+
+def obstacle(block: nn.Module, row: Row) -> str | None:
+    """Why ``block`` must not run fused at this moment; ``None`` where nothing speaks against it.
+
+    Asked before every call, because hooks, adapters and other libraries' patches come and go.
+    """
+    inner, outer = _holder(block, row.inner), _holder(block, row.outer)
+    down = outer._modules[row.down]
+    if not isinstance(down, IA3Linear) or not down.is_feedforward:
+        return f"{row.down} has no input vector"
+    activation = _activation_of(inner, row)
+    if activation_name(activation) is None:
+        return f"the activation {getattr(activation, '__name__', type(activation).__name__)} has no kernel"
+    if inner is not block and not is_untouched(inner):
+        return _skipped(inner)
+    if outer is not block and not is_untouched(outer):
+        return _skipped(outer)
+    if isinstance(activation, nn.Module) and not is_untouched(activation):
+        return _skipped(activation)
+    return None if is_untouched(down) else _skipped(down)
+
+
+def _skipped(module: nn.Module) -> str:
+    return f"{type(module).__name__} has hooks or a forward of its own, which fusing would skip"
+
+
+def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
+    """What the class's method computes, with ``scale`` inside the activation kernel; x ``[*, hidden]``.
+
+    ``down(act(gate(x)) ∘ up(x) ∘ scale)``, or ``down(act(up(x)) ∘ scale)`` without a gate. With no active vector, or
+    something in the way, it is the class's own method.
+    """
+    # Any: children are looked up by name, and every name was checked against the class when the row was chosen.
+    inner: Any = _holder(block, row.inner)
+    outer: Any = _holder(block, row.outer)
+    down: Any = outer._modules[row.down]
+    y: Tensor
+    scale = effective_scale(down) if obstacle(block, row) is None else None
+    if scale is None:
+        y = getattr(type(block), row.method)(block, x)
+        return y
+    activation: Any = activation_name(_activation_of(inner, row))
+    up = project(inner._modules[row.up], x)
+    if row.is_joined:
+        gate, up = up.chunk(2, dim=-1)
+        hidden = gated_activation(gate, up, scale, activation)
+    elif row.gate is not None:
+        hidden = gated_activation(project(inner._modules[row.gate], x), up, scale, activation)
+    else:
+        hidden = scaled_activation(up, scale, activation)
+    if row.dropout is not None:
+        hidden = inner._modules[row.dropout](hidden)
+    base: Any = down._modules["base_layer"]
+    if row.casts and hidden.dtype != base.weight.dtype and base.weight.is_floating_point():
+        hidden = hidden.to(base.weight.dtype)
+    y = project(base, hidden)
+    if row.after is not None:
+        y = outer._modules[row.after](y)
+    if row.norm is not None:
+        y = outer._modules[row.norm](y + x)
+    return y
+
+
+def patch_of(block: nn.Module) -> Row | None:
+    """The row by which ``block`` is patched, or ``None``."""
+    for row in ROWS:
+        patch = block.__dict__.get(row.method)
+        if isinstance(patch, functools.partial) and patch.func is fused_forward:
+            applied: Row = patch.args[1]
+            return applied
+    return None
+
+
+def fuse(model: nn.Module) -> list[str]:
+    """Patch every block of ``model`` that a row describes and nothing stands in the way of; returns their names."""
+    patched = []
+    for path, block in model.named_modules():
+        row = row_of(block)
+        if row is None or row.method in block.__dict__ or obstacle(block, row) is not None:
+            continue
+        # A partial on the instance: unlike a closure or a bound method it can be copied and pickled with the block.
+        setattr(block, row.method, functools.partial(fused_forward, block, row))
+        patched.append(path)
+    return patched
+
+
+def unfuse(model: nn.Module) -> None:
+    """Take every patch back."""
+    for block in model.modules():
+        row = patch_of(block)
+        if row is not None:
+            delattr(block, row.method)

