@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description="Fine-tunes a real model in minutes.")
     parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR", help="where to leave files")
-    parser.add_argument("--steps", type=int, default=60, help="training steps")
+    parser.add_argument("--steps", type=int, default=40, help="training steps")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison of step times")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.rounds < 1:

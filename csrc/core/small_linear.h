@@ -1,135 +1,134 @@
 // y = ((x s_in) W^T + b) s_out for few rows (decoding): the weight is streamed once, at the speed of memory.
 //
 // T rows, N outputs, K inputs: 2 T N K flops over N K b bytes. Below about 16 rows the bytes decide, so W is read where
-// it lies, in 16 bits, and widened in registers; x, small and in cache, is widened and scaled beforehand.
+// it lies, in its own dtype, and widened in registers; x, small and in cache, is widened and scaled beforehand. Sums of
+// a strip of outputs collect in fp32 on the stack, then take bias, scale and their one rounding as vectors.
 #pragma once
 
 #include <type_traits>
 
 #include "arguments.h"
+#include "scale.h"
 #include "vec.h"
 
 namespace ia3::IA3_ISA {
 
-template <typename T>
-inline void finish(const SmallLinearArgs& args, int64_t row, int64_t n, float sum) {
-  if (args.bias != nullptr) sum += to_float(static_cast<const T*>(args.bias)[n]);
-  if (args.has_scale) sum *= scale_of_row(args.scales, row)[n];
-  static_cast<T*>(args.y)[row * args.out + n] = from_float<T>(sum);
-}
+constexpr int64_t kStripOutputs = 256;
+constexpr int64_t kMaxSmallRows = 64;
+// Rows of x that share a widened weight vector: as many as leave the sums, kRows * 4 of them, in registers
+#if defined(IA3_USE_AVX512)
+constexpr int kRowsAtOnce = 6;
+#else
+constexpr int kRowsAtOnce = 2;
+#endif
 
-// kRows rows of x against kOutputs rows of W: kRows * kOutputs sums in registers, each weight vector widened once.
+// kRows rows of x against kOutputs rows of W, starting at `w`
 template <typename T, int kRows, int kOutputs>
-inline void dot_block(const SmallLinearArgs& args, int64_t row, int64_t n) {
-  const T* w[kOutputs];
-  for (int j = 0; j < kOutputs; ++j) w[j] = static_cast<const T*>(args.weight) + (n + j) * args.weight_stride;
-  const float* x = args.x + row * args.in;
+inline void dot_block(const SmallLinearArgs& args, const float* x, const T* w, float* sums) {
   // One row alone has too few sums in flight to hide the multiply-add's latency: give it two sets.
   constexpr int kSets = kRows * kOutputs <= 4 ? 2 : 1;
-  Vec sums[kSets][kRows][kOutputs];
-  for (auto& set : sums)
-    for (auto& line : set)
-      for (auto& sum : line) sum = broadcast(0.0f);
-  // The next block of W, a whole block of rows ahead: rows are too short for the hardware to see the stream.
-  const int64_t ahead = kOutputs * args.weight_stride;
+  constexpr int64_t kStep = kSets * Vec::kSize;
+  Vec totals[kSets][kRows][kOutputs];
+  IA3_UNROLL for (int i = 0; i < kSets * kRows * kOutputs; ++i)(&totals[0][0][0])[i] = broadcast(0.0f);
+  const int64_t stride = args.weight_stride;
   int64_t k = 0;
-  for (; k + kSets * Vec::kSize <= args.in; k += kSets * Vec::kSize) {
-    for (int set = 0; set < kSets; ++set) {
+  for (; k + kStep <= args.in; k += kStep) {
+    IA3_UNROLL for (int set = 0; set < kSets; ++set) {
       const int64_t at = k + set * Vec::kSize;
       Vec weights[kOutputs];
-      for (int j = 0; j < kOutputs; ++j) {
-        __builtin_prefetch(w[j] + at + ahead);
-        weights[j] = load(w[j] + at);
+      IA3_UNROLL for (int j = 0; j < kOutputs; ++j) {
+        // The next block of W, into the second-level cache: rows are too short for the hardware to see the stream.
+        if (at * int64_t(sizeof(T)) % 64 == 0) __builtin_prefetch(w + (kOutputs + j) * stride + at, 0, 2);
+        weights[j] = load(w + j * stride + at);
       }
-      for (int t = 0; t < kRows; ++t) {
+      IA3_UNROLL for (int t = 0; t < kRows; ++t) {
         const Vec values = load(x + t * args.in + at);
-        for (int j = 0; j < kOutputs; ++j) sums[set][t][j] = fma(values, weights[j], sums[set][t][j]);
+        IA3_UNROLL for (int j = 0; j < kOutputs; ++j) totals[set][t][j] = fma(values, weights[j], totals[set][t][j]);
       }
     }
   }
   for (; k < args.in; k += Vec::kSize) {
     const int64_t left = args.in - k < Vec::kSize ? args.in - k : Vec::kSize;
-    for (int j = 0; j < kOutputs; ++j) {
-      const Vec weight = load(w[j] + k, left);
-      for (int t = 0; t < kRows; ++t) sums[0][t][j] = fma(load(x + t * args.in + k, left), weight, sums[0][t][j]);
+    IA3_UNROLL for (int j = 0; j < kOutputs; ++j) {
+      const Vec weight = load(w + j * stride + k, left);
+      IA3_UNROLL for (int t = 0; t < kRows; ++t) totals[0][t][j] =
+          fma(load(x + t * args.in + k, left), weight, totals[0][t][j]);
     }
   }
-  for (int t = 0; t < kRows; ++t) {
-    for (int j = 0; j < kOutputs; ++j) {
-      Vec total = sums[0][t][j];
-      for (int set = 1; set < kSets; ++set) total = total + sums[set][t][j];
-      finish<T>(args, row + t, n + j, sum(total));
+  IA3_UNROLL for (int t = 0; t < kRows; ++t) {
+    if constexpr (kSets == 2)
+      IA3_UNROLL for (int j = 0; j < kOutputs; ++j) totals[0][t][j] = totals[0][t][j] + totals[1][t][j];
+    if constexpr (kOutputs == 4) {
+      sum4(totals[0][t][0], totals[0][t][1], totals[0][t][2], totals[0][t][3], sums + t * kStripOutputs);
+    } else {
+      IA3_UNROLL for (int j = 0; j < kOutputs; ++j) sums[t * kStripOutputs + j] = sum(totals[0][t][j]);
     }
   }
 }
 
-template <typename T, int kOutputs>
-inline void dot_rows(const SmallLinearArgs& args, int64_t n) {
-  int64_t row = 0;
-  for (; row + 4 <= args.rows; row += 4) dot_block<T, 4, kOutputs>(args, row, n);
-  if (row + 2 <= args.rows) {
-    dot_block<T, 2, kOutputs>(args, row, n);
-    row += 2;
-  }
-  if (row < args.rows) dot_block<T, 1, kOutputs>(args, row, n);
-}
-
-// W stored [in, out], as in a Conv1D: sums over a strip of outputs stay in the first-level cache while the rows of W
-// stream by, eight at a time. The eight are summed before they meet the running sum, which so rounds an eighth as
-// often.
+// W stored [in, out], as in a Conv1D: the rows of W stream by, eight at a time, over sums that stay in the first-level
+// cache. The eight are summed before they meet the running sum, which so rounds an eighth as often.
 template <typename T, int kRows>
-inline void strip_rows(const SmallLinearArgs& args, int64_t row, int64_t n_begin, int64_t n_end, float* sums,
-                       int64_t strip) {
-  const float* x = args.x + row * args.in;
-  const int64_t width = n_end - n_begin;
+inline void axpy_block(const SmallLinearArgs& args, const float* x, const T* weight, int64_t width, float* sums) {
   for (int t = 0; t < kRows; ++t)
-    for (int64_t i = 0; i < width; ++i) sums[t * strip + i] = 0.0f;
-  constexpr int kUnroll = 8;
+    for (int64_t i = 0; i < width; ++i) sums[t * kStripOutputs + i] = 0.0f;
   int64_t k = 0;
   const auto accumulate = [&](auto unroll) {
     constexpr int kCount = decltype(unroll)::value;
-    const T* w = static_cast<const T*>(args.weight) + k * args.weight_stride + n_begin;
+    const T* w = weight + k * args.weight_stride;
     for_each_vector(0, width, [&](int64_t i, auto n) {
       Vec totals[kRows];
-      for (int j = 0; j < kCount; ++j) {
-        const Vec weight = load(w + j * args.weight_stride + i, n);
-        for (int t = 0; t < kRows; ++t) {
+      IA3_UNROLL for (int j = 0; j < kCount; ++j) {
+        const Vec weights = load(w + j * args.weight_stride + i, n);
+        IA3_UNROLL for (int t = 0; t < kRows; ++t) {
           const Vec value = broadcast(x[t * args.in + k + j]);
-          totals[t] = j == 0 ? value * weight : fma(value, weight, totals[t]);
+          totals[t] = j == 0 ? value * weights : fma(value, weights, totals[t]);
         }
       }
-      for (int t = 0; t < kRows; ++t) {
-        float* sum = sums + t * strip + i;
+      IA3_UNROLL for (int t = 0; t < kRows; ++t) {
+        float* sum = sums + t * kStripOutputs + i;
         store(sum, load(sum, n) + totals[t], n);
       }
     });
   };
+  constexpr int kUnroll = 8;
   for (; k + kUnroll <= args.in; k += kUnroll) accumulate(std::integral_constant<int, kUnroll>{});
   for (; k < args.in; ++k) accumulate(std::integral_constant<int, 1>{});
-  for (int t = 0; t < kRows; ++t)
-    for (int64_t i = 0; i < width; ++i) finish<T>(args, row + t, n_begin + i, sums[t * strip + i]);
 }
 
-// Outputs [n_begin, n_end) of every row
+template <typename T, int kRows>
+inline void block(const SmallLinearArgs& args, const float* x, int64_t n, int64_t width, float* sums) {
+  const T* weight = static_cast<const T*>(args.weight);
+  if (args.transposed) return axpy_block<T, kRows>(args, x, weight + n, width, sums);
+  int64_t i = 0;
+  for (; i + 4 <= width; i += 4) dot_block<T, kRows, 4>(args, x, weight + (n + i) * args.weight_stride, sums + i);
+  for (; i < width; ++i) dot_block<T, kRows, 1>(args, x, weight + (n + i) * args.weight_stride, sums + i);
+}
+
+// Outputs [n_begin, n_end) of every row; at most kMaxSmallRows rows
 template <typename T>
 void small_linear_fwd_kernel(const SmallLinearArgs& args, int64_t n_begin, int64_t n_end) {
-  if (!args.transposed) {
-    int64_t n = n_begin;
-    for (; n + 4 <= n_end; n += 4) dot_rows<T, 4>(args, n);
-    for (; n < n_end; ++n) dot_rows<T, 1>(args, n);
-    return;
-  }
-  constexpr int64_t kStrip = 1024;
-  float sums[4 * kStrip];
-  for (int64_t n = n_begin; n < n_end; n += kStrip) {
-    const int64_t end = n + kStrip < n_end ? n + kStrip : n_end;
+  float sums[kMaxSmallRows * kStripOutputs];
+  // With several groups of rows, the strip is short enough for its weights to wait in cache for the next group.
+  for (int64_t n = n_begin; n < n_end;) {
+    const int64_t left = n_end - n;
+    const int64_t strip = args.rows <= kRowsAtOnce || args.transposed ? kStripOutputs : 32;
+    const int64_t width = left < strip ? left : strip;
+    const float* x = args.x;
+    float* to = sums;
     int64_t row = 0;
-    for (; row + 4 <= args.rows; row += 4) strip_rows<T, 4>(args, row, n, end, sums, kStrip);
-    if (row + 2 <= args.rows) {
-      strip_rows<T, 2>(args, row, n, end, sums, kStrip);
-      row += 2;
-    }
-    if (row < args.rows) strip_rows<T, 1>(args, row, n, end, sums, kStrip);
+    const auto advance = [&](int rows) {
+      row += rows;
+      x += rows * args.in;
+      to += rows * kStripOutputs;
+    };
+    for (; row + kRowsAtOnce <= args.rows; advance(kRowsAtOnce)) block<T, kRowsAtOnce>(args, x, n, width, to);
+    for (; kRowsAtOnce > 4 && row + 4 <= args.rows; advance(4)) block<T, 4>(args, x, n, width, to);
+    for (; kRowsAtOnce > 2 && row + 2 <= args.rows; advance(2)) block<T, 2>(args, x, n, width, to);
+    for (; row < args.rows; advance(1)) block<T, 1>(args, x, n, width, to);
+    narrow_kernel(sums, kStripOutputs, width, n, static_cast<const T*>(args.bias),
+                  args.has_scale ? &args.scales : nullptr, static_cast<T*>(args.y), args.out, 0, args.rows);
+    n += width;
   }
 }
 

@@ -19,6 +19,9 @@
 #error "IA3_ISA must name the namespace of the instruction set"
 #endif
 
+// Before a loop of few constant iterations whose vectors must stay in registers
+#define IA3_UNROLL _Pragma("GCC unroll 32")
+
 namespace ia3::IA3_ISA {
 
 #if defined(IA3_USE_AVX512)
@@ -94,6 +97,17 @@ inline Vec where_positive(Vec x, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_GT_OQ), no.v, yes.v)};
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+// The sums of four vectors, to out[0 .. 3]
+inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  // Pairs, then quarters: after two rounds each 128-bit lane holds one partial sum of a, b, c and d.
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 all = _mm512_add_ps(low, high);
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 #elif defined(IA3_USE_AVX2)
 
@@ -182,6 +196,10 @@ inline float sum(Vec a) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 
 #else  // plain C++, which compilers vectorize for whatever the target has
 
@@ -255,6 +273,12 @@ inline Vec where_positive(Vec x, Vec yes, Vec no) {
   return map([&](int64_t i) { return x.v[i] > 0.0f ? yes.v[i] : no.v[i]; });
 }
 inline float sum(Vec a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
+inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  out[0] = sum(a);
+  out[1] = sum(b);
+  out[2] = sum(c);
+  out[3] = sum(d);
+}
 
 #endif
 

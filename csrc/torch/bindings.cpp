@@ -88,7 +88,9 @@ class Plain {
     }
     const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
     const auto keys = (tensor.key_set() | local_.included_) - local_.excluded_;
-    ok_ = (keys - kPlainKeys).empty() && keys.has(c10::DispatchKey::CPU) && !(grad_ && tensor.requires_grad());
+    // On the bits: subtracting key sets leaves the backend's bit standing.
+    ok_ = (keys.raw_repr() & ~kPlainKeys.raw_repr()) == 0 && keys.has(c10::DispatchKey::CPU) &&
+          !(grad_ && tensor.requires_grad());
     return tensor;
   }
 

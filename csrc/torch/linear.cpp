@@ -65,6 +65,8 @@ at::Tensor workspace(int64_t elements) {
   static thread_local at::Tensor kept;
   if (!kept.defined() || kept.numel() < elements) {
     kept = at::Tensor();  // give the old one back first
+    // An ordinary tensor even when first needed in inference mode: it outlives that mode.
+    const c10::InferenceMode ordinary(false);
     kept = at::empty({elements}, at::kFloat);
   }
   return kept;

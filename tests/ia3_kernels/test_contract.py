@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import ia3_kernels as kernels
-from ia3_kernels import backends, reference
+from ia3_kernels import backends, reference, target
 
 from .helpers import error, needs_native
 
@@ -180,6 +180,36 @@ def test_modes_and_subclasses_reach_the_dispatcher() -> None:
         fake = kernels.scaled_linear(torch.empty(2, 6), torch.empty(5, 6))
     assert type(fake) is torch._subclasses.FakeTensor
     assert fake.shape == (2, 5)
+
+
+@needs_native
+def test_the_short_cut_is_taken_where_nothing_is_in_its_way_and_only_there() -> None:
+    library: Any = target.native_library()
+    arguments = (X, W, None, S6, None, None)
+    parameters = tuple(torch.nn.Parameter(a) if isinstance(a, Tensor) else a for a in arguments)
+    assert torch.equal(library.direct.scaled_linear(*arguments), kernels.scaled_linear(X, W, None, S6))
+    assert library.direct.gated_activation(X, X, S6, "silu", None) is not None
+    assert library.direct.scaled_activation(X, None, "silu", None) is not None
+    assert library.direct.scaled_linear(*parameters) is None
+    with torch.no_grad():
+        assert library.direct.scaled_linear(*parameters) is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert library.direct.scaled_linear(*arguments) is None
+    assert library.direct.scaled_linear(X.double(), W.double(), None, None, None, None) is None
+    assert library.direct.scaled_linear(X.to("meta"), W.to("meta"), None, None, None, None) is None
+    with torch.inference_mode():
+        assert library.direct.scaled_linear(*parameters) is not None
+
+
+def test_a_first_call_in_inference_mode_leaves_training_working() -> None:
+    # The widened matmul keeps scratch between calls; it must not be an inference tensor.
+    x, weight = torch.randn(40, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    with torch.inference_mode():
+        first = kernels.scaled_linear(x.repeat(50, 1), weight)
+    x.requires_grad_()
+    kernels.scaled_linear(x, weight).sum().backward()
+    assert first.is_inference()
+    assert x.grad is not None
 
 
 # --- what backward keeps -----------------------------------------------------------------------------------------
