@@ -18,7 +18,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
             for impl, model in llama.models(settings, dtype, settings.implementations).items()
         }
         llama.check_agreement({impl: step() for impl, step in steps.items()}, dtype)
-        times = interleave(steps, settings.rounds(24), warmup=2, device=settings.device)
+        times = interleave(steps, settings.rounds(12), warmup=2, device=settings.device)
         batch, tokens = inputs.labels.shape
         recorder.add_times(
             "train_step", f"{llama.describe(config)}, batch {batch}x{tokens}", dtype, times, llama.BASELINES

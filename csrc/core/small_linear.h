@@ -13,8 +13,11 @@
 
 namespace ia3::IA3_ISA {
 
-constexpr int64_t kStripOutputs = 256;
-constexpr int64_t kMaxSmallRows = 64;
+// Outputs whose sums collect at a time: rows times strip is at most kSums (64 KiB on the stack).
+constexpr int64_t kSums = 16384;
+constexpr int64_t kStrip = 256;
+// Streaming along the rows of a transposed W wants longer strips, of fewer rows.
+constexpr int64_t kTransposedStrip = 1024;
 // Rows of x that share a widened weight vector: as many as leave the sums, kRows * 4 of them, in registers
 #if defined(IA3_USE_AVX512)
 constexpr int kRowsAtOnce = 6;
@@ -24,7 +27,7 @@ constexpr int kRowsAtOnce = 2;
 
 // kRows rows of x against kOutputs rows of W, starting at `w`
 template <typename T, int kRows, int kOutputs>
-inline void dot_block(const SmallLinearArgs& args, const float* x, const T* w, float* sums) {
+inline void dot_block(const SmallLinearArgs& args, const float* x, const T* w, float* sums, int64_t sums_stride) {
   // One row alone has too few sums in flight to hide the multiply-add's latency: give it two sets.
   constexpr int kSets = kRows * kOutputs <= 4 ? 2 : 1;
   constexpr int64_t kStep = kSets * Vec::kSize;
@@ -59,9 +62,9 @@ inline void dot_block(const SmallLinearArgs& args, const float* x, const T* w, f
     if constexpr (kSets == 2)
       IA3_UNROLL for (int j = 0; j < kOutputs; ++j) totals[0][t][j] = totals[0][t][j] + totals[1][t][j];
     if constexpr (kOutputs == 4) {
-      sum4(totals[0][t][0], totals[0][t][1], totals[0][t][2], totals[0][t][3], sums + t * kStripOutputs);
+      sum4(totals[0][t][0], totals[0][t][1], totals[0][t][2], totals[0][t][3], sums + t * sums_stride);
     } else {
-      IA3_UNROLL for (int j = 0; j < kOutputs; ++j) sums[t * kStripOutputs + j] = sum(totals[0][t][j]);
+      IA3_UNROLL for (int j = 0; j < kOutputs; ++j) sums[t * sums_stride + j] = sum(totals[0][t][j]);
     }
   }
 }
@@ -69,9 +72,10 @@ inline void dot_block(const SmallLinearArgs& args, const float* x, const T* w, f
 // W stored [in, out], as in a Conv1D: the rows of W stream by, eight at a time, over sums that stay in the first-level
 // cache. The eight are summed before they meet the running sum, which so rounds an eighth as often.
 template <typename T, int kRows>
-inline void axpy_block(const SmallLinearArgs& args, const float* x, const T* weight, int64_t width, float* sums) {
+inline void axpy_block(const SmallLinearArgs& args, const float* x, const T* weight, int64_t width, float* sums,
+                       int64_t stride) {
   for (int t = 0; t < kRows; ++t)
-    for (int64_t i = 0; i < width; ++i) sums[t * kStripOutputs + i] = 0.0f;
+    for (int64_t i = 0; i < width; ++i) sums[t * stride + i] = 0.0f;
   int64_t k = 0;
   const auto accumulate = [&](auto unroll) {
     constexpr int kCount = decltype(unroll)::value;
@@ -79,6 +83,7 @@ inline void axpy_block(const SmallLinearArgs& args, const float* x, const T* wei
     for_each_vector(0, width, [&](int64_t i, auto n) {
       Vec totals[kRows];
       IA3_UNROLL for (int j = 0; j < kCount; ++j) {
+        __builtin_prefetch(w + (kCount + j) * args.weight_stride + i, 0, 2);
         const Vec weights = load(w + j * args.weight_stride + i, n);
         IA3_UNROLL for (int t = 0; t < kRows; ++t) {
           const Vec value = broadcast(x[t * args.in + k + j]);
@@ -86,7 +91,7 @@ inline void axpy_block(const SmallLinearArgs& args, const float* x, const T* wei
         }
       }
       IA3_UNROLL for (int t = 0; t < kRows; ++t) {
-        float* sum = sums + t * kStripOutputs + i;
+        float* sum = sums + t * stride + i;
         store(sum, load(sum, n) + totals[t], n);
       }
     });
@@ -97,38 +102,37 @@ inline void axpy_block(const SmallLinearArgs& args, const float* x, const T* wei
 }
 
 template <typename T, int kRows>
-inline void block(const SmallLinearArgs& args, const float* x, int64_t n, int64_t width, float* sums) {
+inline void block(const SmallLinearArgs& args, const float* x, int64_t n, int64_t width, float* sums, int64_t stride) {
   const T* weight = static_cast<const T*>(args.weight);
-  if (args.transposed) return axpy_block<T, kRows>(args, x, weight + n, width, sums);
+  if (args.transposed) return axpy_block<T, kRows>(args, x, weight + n, width, sums, stride);
+  weight += n * args.weight_stride;
   int64_t i = 0;
-  for (; i + 4 <= width; i += 4) dot_block<T, kRows, 4>(args, x, weight + (n + i) * args.weight_stride, sums + i);
-  for (; i < width; ++i) dot_block<T, kRows, 1>(args, x, weight + (n + i) * args.weight_stride, sums + i);
+  for (; i + 4 <= width; i += 4) dot_block<T, kRows, 4>(args, x, weight + i * args.weight_stride, sums + i, stride);
+  for (; i < width; ++i) dot_block<T, kRows, 1>(args, x, weight + i * args.weight_stride, sums + i, stride);
 }
 
-// Outputs [n_begin, n_end) of every row; at most kMaxSmallRows rows
+// Outputs [n_begin, n_end) of every row; at most 64 rows, 16 if W is transposed
 template <typename T>
 void small_linear_fwd_kernel(const SmallLinearArgs& args, int64_t n_begin, int64_t n_end) {
-  float sums[kMaxSmallRows * kStripOutputs];
+  float sums[kSums];
   // With several groups of rows, the strip is short enough for its weights to wait in cache for the next group.
-  for (int64_t n = n_begin; n < n_end;) {
-    const int64_t left = n_end - n;
-    const int64_t strip = args.rows <= kRowsAtOnce || args.transposed ? kStripOutputs : 32;
-    const int64_t width = left < strip ? left : strip;
+  const int64_t strip = args.transposed ? kTransposedStrip : args.rows <= kRowsAtOnce ? kStrip : 32;
+  for (int64_t n = n_begin; n < n_end; n += strip) {
+    const int64_t width = n_end - n < strip ? n_end - n : strip;
     const float* x = args.x;
     float* to = sums;
     int64_t row = 0;
     const auto advance = [&](int rows) {
       row += rows;
       x += rows * args.in;
-      to += rows * kStripOutputs;
+      to += rows * strip;
     };
-    for (; row + kRowsAtOnce <= args.rows; advance(kRowsAtOnce)) block<T, kRowsAtOnce>(args, x, n, width, to);
-    for (; kRowsAtOnce > 4 && row + 4 <= args.rows; advance(4)) block<T, 4>(args, x, n, width, to);
-    for (; kRowsAtOnce > 2 && row + 2 <= args.rows; advance(2)) block<T, 2>(args, x, n, width, to);
-    for (; row < args.rows; advance(1)) block<T, 1>(args, x, n, width, to);
-    narrow_kernel(sums, kStripOutputs, width, n, static_cast<const T*>(args.bias),
-                  args.has_scale ? &args.scales : nullptr, static_cast<T*>(args.y), args.out, 0, args.rows);
-    n += width;
+    for (; row + kRowsAtOnce <= args.rows; advance(kRowsAtOnce)) block<T, kRowsAtOnce>(args, x, n, width, to, strip);
+    for (; kRowsAtOnce > 4 && row + 4 <= args.rows; advance(4)) block<T, 4>(args, x, n, width, to, strip);
+    for (; kRowsAtOnce > 2 && row + 2 <= args.rows; advance(2)) block<T, 2>(args, x, n, width, to, strip);
+    for (; row < args.rows; advance(1)) block<T, 1>(args, x, n, width, to, strip);
+    narrow_kernel(sums, strip, width, n, static_cast<const T*>(args.bias), args.has_scale ? &args.scales : nullptr,
+                  static_cast<T*>(args.y), args.out, 0, args.rows);
   }
 }
 

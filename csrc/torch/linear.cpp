@@ -11,8 +11,6 @@
 namespace ia3 {
 namespace {
 
-// Rows up to which the weight is streamed by our own kernel; beyond, a matmul library reuses it better.
-constexpr int64_t kSmallRows = 16;
 // The widened operands of one library call, in elements. Larger blocks of x mean that W is widened less often, larger
 // ones of W that the library's matmul is more efficient; these bound the workspace to about 32 MiB.
 constexpr int64_t kWidenedX = int64_t(4) << 20;
@@ -206,6 +204,15 @@ bool widens(at::ScalarType dtype) {
   return float16;
 }
 
+// Rows up to which our own kernel streams the weight; beyond, a matmul library reuses it better. The crossings were
+// measured against MKL and oneDNN on an AVX-512 machine without AMX (docs/performance.md).
+int64_t small_rows(at::ScalarType dtype, bool transposed, int64_t rows) {
+  if (dtype == at::kFloat) return transposed ? 8 : 24;
+  if (transposed || rows <= 16) return 16;
+  // Where the library's 16-bit matmul is slow, it is slow for these as well.
+  return widens(dtype) ? 64 : 16;
+}
+
 }  // namespace
 
 at::Tensor scaled_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
@@ -258,9 +265,9 @@ at::Tensor scaled_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                         in,
                         out,
                         shape};
-  return rows <= kSmallRows        ? small_linear(problem)
-         : widens(x.scalar_type()) ? widened_linear(problem)
-                                   : library_linear(problem);
+  return rows <= small_rows(x.scalar_type(), transposed, rows) ? small_linear(problem)
+         : widens(x.scalar_type())                             ? widened_linear(problem)
+                                                               : library_linear(problem);
 }
 
 std::string matmul_route(at::ScalarType dtype) { return widens(dtype) ? "widen" : "library"; }
@@ -270,7 +277,7 @@ bool recovers_product(const at::Tensor& x, const at::Tensor& weight, const at::T
   if (x.scalar_type() == at::kHalf) return false;
   // The library's 16-bit matmul rounds z before it is scaled; y / s would then carry two roundings, z itself one.
   const int64_t rows = x.numel() / std::max<int64_t>(1, weight.size(1));
-  if (x.scalar_type() == at::kBFloat16 && rows > kSmallRows && !widens(at::kBFloat16)) return false;
+  if (x.scalar_type() == at::kBFloat16 && rows > 16 && !widens(at::kBFloat16)) return false;
   const at::Tensor scale = output_scale.to(at::kFloat).contiguous();
   const float* s = scale.const_data_ptr<float>();
   constexpr float kSmallest = 0x1p-20f, kLargest = 0x1p20f;
