@@ -211,14 +211,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description="Fine-tunes a real model in minutes.")
     parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR", help="where to leave files")
-    parser.add_argument("--steps", type=int, default=40, help="training steps")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison of step times")
+    parser.add_argument("--steps", type=int, default=36, help="training steps")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison of step times")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.rounds < 1:
         parser.error(f"--steps {arguments.steps} and --rounds {arguments.rounds} must be at least 1")
     warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
     console = Console(stderr=True)
-    options = TrainingOptions(steps=arguments.steps, batch_size=4, learning_rate=1e-2, evaluations=4)
+    options = TrainingOptions(steps=arguments.steps, batch_size=4, learning_rate=1e-2, evaluations=3)
     try:
         run(arguments.output, options, arguments.rounds, console)
     except IA3Error as error:

@@ -144,5 +144,6 @@ def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or a gradient would have to flow through the write.
     """
-    _ops.scale_weight_(weight, scale, dim)
+    if _direct is None or torch.compiler.is_compiling() or not _direct.scale_weight_(weight, scale, dim):
+        _ops.scale_weight_(weight, scale, dim)
     return weight

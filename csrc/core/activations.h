@@ -10,28 +10,18 @@ struct Both {
   Vec derivative;
 };
 
-// x sigmoid(z)
-template <Precision kPrecision>
-inline Vec times_sigmoid(Vec x, Vec z) {
-  const Logistic l = logistic<kPrecision>(z);
-  // In full precision a division rounds once, where the reciprocal and a product round twice.
-  if constexpr (kPrecision == Precision::kFull) return x / l.d;
-  return x * reciprocal<kPrecision>(l.d);
-}
-
 // x sigmoid(z) and its derivative sigmoid(z) + x z' sigmoid(z) (1 - sigmoid(z)), with `slope` = z'
 template <Precision kPrecision>
 inline Both times_sigmoid(Vec x, Vec z, Vec slope) {
   const Logistic l = logistic<kPrecision>(z);
-  const Vec sigmoid = reciprocal<kPrecision>(l.d);
-  const Vec value = kPrecision == Precision::kFull ? x / l.d : x * sigmoid;
-  return {value, fma(value * slope, l.e * sigmoid, sigmoid)};
+  const Vec value = x * l.sigmoid;
+  return {value, fma(value * slope, l.complement, l.sigmoid)};
 }
 
 // x sigmoid(x)
 template <Precision kPrecision>
 struct Silu {
-  static Vec value(Vec x) { return times_sigmoid<kPrecision>(x, x); }
+  static Vec value(Vec x) { return x * logistic<kPrecision>(x).sigmoid; }
   static Both both(Vec x) { return times_sigmoid<kPrecision>(x, x, broadcast(1.0f)); }
 };
 
@@ -57,7 +47,7 @@ struct GeluTanh {
   static constexpr float kLinear = 1.59576912f;   // 2 c
   static constexpr float kCubic = 0.0713548163f;  // 2 c 0.044715
   static Vec argument(Vec x) { return x * fma(x * x, broadcast(kCubic), broadcast(kLinear)); }
-  static Vec value(Vec x) { return times_sigmoid<kPrecision>(x, argument(x)); }
+  static Vec value(Vec x) { return x * logistic<kPrecision>(argument(x)).sigmoid; }
   static Both both(Vec x) {
     return times_sigmoid<kPrecision>(x, argument(x), fma(x * x, broadcast(3.0f * kCubic), broadcast(kLinear)));
   }

@@ -47,16 +47,25 @@ inline Vec reciprocal(Vec x) {
   return broadcast(1.0f) / x;
 }
 
-// The parts of sigmoid(x) = 1 / d, with e = e^-x and d = 1 + e. 1 - sigmoid is e / d, which cancels nothing.
+// sigmoid(x), and 1 - sigmoid(x) as a product that cancels nothing
 struct Logistic {
-  Vec e, d;
+  Vec sigmoid, complement;
 };
 
 template <Precision kPrecision>
 inline Logistic logistic(Vec x) {
-  // Below -87 sigmoid counts as 2^-126: e stays finite, and e / d is 1 rather than infinity over infinity.
+  // Below -87 sigmoid counts as 2^-126: e stays finite, and e sigmoid is 1 rather than infinity times zero.
+  const Vec one = broadcast(1.0f);
   const Vec e = exp<kPrecision>(min(broadcast(87.0f), broadcast(0.0f) - x));
-  return {e, broadcast(1.0f) + e};
+  const Vec d = one + e;
+  Vec sigmoid = reciprocal<kPrecision>(d);
+  if constexpr (kPrecision == Precision::kFull) {
+    // One Newton step takes back what the sum (`lost`, by Knuth's two-sum) and the division rounded away.
+    const Vec rest = d - one;
+    const Vec lost = (one - (d - rest)) + (e - rest);
+    sigmoid = fma(sigmoid, fma(broadcast(0.0f) - d, sigmoid, one) - lost * sigmoid, sigmoid);
+  }
+  return {sigmoid, e * sigmoid};
 }
 
 // The standard normal distribution: cdf = Phi(x), and gaussian = exp(-x^2 / 2), which Phi needs anyway

@@ -156,6 +156,17 @@ py::object direct_scaled_activation(py::handle x, py::handle scale, const std::s
   return run([&] { return activation("scaled_activation", a, std::nullopt, s, name, index); });
 }
 
+// Whether the weight was scaled; False where the dispatcher has work to do.
+bool direct_scale_weight_(py::handle weight, py::handle scale, int64_t dim) {
+  Plain plain;
+  const at::Tensor &w = plain.operand(weight), &s = plain.tensor(scale);
+  if (!plain.ok() || w.is_inference()) return false;
+  BelowAutograd guard;
+  scale_weight_(w, s, dim);
+  w.unsafeGetTensorImpl()->bump_version();
+  return true;
+}
+
 }  // namespace
 }  // namespace ia3
 
@@ -187,4 +198,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   direct.def("scaled_linear", &direct_scaled_linear);
   direct.def("gated_activation", &direct_gated_activation);
   direct.def("scaled_activation", &direct_scaled_activation);
+  direct.def("scale_weight_", &direct_scale_weight_);
 }

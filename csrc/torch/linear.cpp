@@ -17,7 +17,7 @@ constexpr int64_t kWidenedX = int64_t(4) << 20;
 constexpr int64_t kWidenedWeight = int64_t(2) << 20;
 
 struct Problem {
-  at::Tensor x;  // [*, in]
+  at::Tensor x;  // [*, in], or [rows, in] where its strides did not allow that view
   Rows x_rows;
   at::Tensor weight;  // as stored: [out, in], or [in, out] if transposed; rows dense
   bool transposed;
@@ -134,7 +134,7 @@ at::Tensor library_linear(const Problem& p) {
     parallel(p.rows, x.numel(), [&](int64_t begin, int64_t end) { kernels.activation(args, begin, end, 0, p.in); });
   }
   const at::Tensor weight = p.transposed ? p.weight.t() : p.weight;
-  if (!p.output.present()) return at::linear(x, weight, p.bias);
+  if (!p.output.present()) return at::linear(x, weight, p.bias).view(p.shape);
   const bool wide = x.scalar_type() == at::kFloat;
   // In fp32 the bias can wait for the pass over the output; a 16-bit matmul must add it before it rounds.
   const at::Tensor y = at::linear(x, weight, wide ? std::nullopt : p.bias);
@@ -150,7 +150,7 @@ at::Tensor library_linear(const Problem& p) {
                               0,     p.output.view,         y.mutable_data_ptr(), p.out};
     parallel(p.rows, y.numel(), [&](int64_t begin, int64_t end) { kernels.activation(args, begin, end, 0, p.out); });
   }
-  return y;
+  return y.view(p.shape);
 }
 
 double fastest_seconds(int rounds, const std::function<void()>& run) {

@@ -101,6 +101,21 @@ def _assert_backward_accurate(
     assert_accurate(operators[name], name, *inputs, activation, index, mask, eager=eager)
 
 
+@pytest.mark.parametrize("rows", [2, 30])
+def test_a_batch_of_strided_sequences_keeps_its_shape(operators: dict[str, Callable[..., Any]], rows: int) -> None:
+    x = torch.randn(3, rows, 2 * 24)[..., 24:]
+    weight, input_scale, output_scale = torch.randn(30, 24), torch.randn(24), torch.randn(30)
+    for scales in ((None, None), (input_scale, None), (None, output_scale), (input_scale, output_scale)):
+        y = operators["scaled_linear"](x, weight, None, *scales)
+        assert y.shape == (3, rows, 30)
+        torch.testing.assert_close(y, operators["scaled_linear"](x.contiguous(), weight, None, *scales))
+    h = operators["gated_activation"](x, x, input_scale)
+    assert torch.equal(h, operators["gated_activation"](x.contiguous(), x.contiguous(), input_scale))
+    permuted = torch.randn(rows, 3, 24).transpose(0, 1)  # rows that no single stride describes
+    y = operators["scaled_linear"](permuted, weight, None, None, output_scale)
+    torch.testing.assert_close(y, operators["scaled_linear"](permuted.contiguous(), weight, None, None, output_scale))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 @pytest.mark.parametrize("shape", ACTIVATION_SHAPES)
