@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements-dev.txt requirements-demo.txt
 	touch $@
 
 $(READY): $(VENV)/.installed $(NATIVE_INPUTS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 build: $(READY)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -38,10 +39,17 @@ def extensions() -> list[Extension]:
     except ImportError:
         raise SystemExit(
             "ia3-kernels: torch, which the native kernels are built against, is not installed here; type: "
-            "pip install torch==2.13.0 setuptools cmake ninja && pip install --no-build-isolation -e .   "
+            'pip install torch==2.13.0 "setuptools>=77" cmake ninja && pip install --no-build-isolation -e .   '
             "(or set IA3_SKIP_NATIVE=1 to install without native kernels)"
         ) from None
     return [Extension("ia3_kernels._C", sources=[])]
 
+
+# Without build isolation nobody else checks this, and an old version rejects pyproject.toml in forty lines.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(
+        f"ia3-kernels: setuptools {setuptools.__version__} is installed, and 77 or newer is needed to build; type: "
+        'pip install "setuptools>=77"'
+    )
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
