@@ -12,6 +12,7 @@ Learning", 2022, arXiv 2205.05638.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ __all__ = [
     "target",
 ]
 
-_ops = torch.ops.ia3
+_ops: Any = torch.ops.ia3
 _library = target.native_library()
 # The native library's short cut past the dispatcher; it returns None wherever the dispatcher has work to do (gradients,
 # autocast, modes, subclasses, other devices or dtypes), so that calling it first is always right.
@@ -68,11 +69,10 @@ def scaled_linear(
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
+    y: Tensor | None = None
     if _direct is not None and not torch.compiler.is_compiling():
         y = _direct.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
-        if y is not None:
-            return y  # type: ignore[no-any-return]
-    return _ops.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)  # type: ignore[no-any-return]
+    return _ops.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index) if y is None else y
 
 
 def gated_activation(
@@ -98,11 +98,10 @@ def gated_activation(
         RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument.
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
+    h: Tensor | None = None
     if _direct is not None and not torch.compiler.is_compiling():
         h = _direct.gated_activation(gate, up, scale, activation, adapter_index)
-        if h is not None:
-            return h  # type: ignore[no-any-return]
-    return _ops.gated_activation(gate, up, scale, activation, adapter_index)  # type: ignore[no-any-return]
+    return _ops.gated_activation(gate, up, scale, activation, adapter_index) if h is None else h
 
 
 def scaled_activation(
@@ -123,11 +122,10 @@ def scaled_activation(
         RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument.
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
+    h: Tensor | None = None
     if _direct is not None and not torch.compiler.is_compiling():
         h = _direct.scaled_activation(x, scale, activation, adapter_index)
-        if h is not None:
-            return h  # type: ignore[no-any-return]
-    return _ops.scaled_activation(x, scale, activation, adapter_index)  # type: ignore[no-any-return]
+    return _ops.scaled_activation(x, scale, activation, adapter_index) if h is None else h
 
 
 def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> Tensor:

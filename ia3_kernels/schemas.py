@@ -180,41 +180,72 @@ def _empty(like: Tensor, wanted: bool) -> Tensor:
     return like.new_empty(like.shape if wanted else 0)
 
 
+def _empty_scale_gradient(x: Tensor, scale: Tensor | None, wanted: bool) -> Tensor:
+    return x.new_empty(0) if scale is None else _empty(scale, wanted)
+
+
 @torch.library.register_fake("ia3::scaled_linear", lib=LIBRARY)
-def _(x, weight, bias=None, input_scale=None, output_scale=None, adapter_index=None):  # type: ignore[no-untyped-def]
+def _scaled_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+) -> Tensor:
     check_scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("ia3::gated_activation", lib=LIBRARY)
-def _(gate, up, scale=None, activation="silu", adapter_index=None):  # type: ignore[no-untyped-def]
+def _gated_activation(
+    gate: Tensor,
+    up: Tensor,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    adapter_index: Tensor | None = None,
+) -> Tensor:
     check_activation("gated_activation", gate, up, scale, activation, adapter_index)
     return gate.new_empty(gate.shape)
 
 
 @torch.library.register_fake("ia3::scaled_activation", lib=LIBRARY)
-def _(x, scale=None, activation="silu", adapter_index=None):  # type: ignore[no-untyped-def]
+def _scaled_activation(
+    x: Tensor, scale: Tensor | None = None, activation: str = "silu", adapter_index: Tensor | None = None
+) -> Tensor:
     check_activation("scaled_activation", x, None, scale, activation, adapter_index)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("ia3::scale_weight_", lib=LIBRARY)
-def _(weight, scale, dim):  # type: ignore[no-untyped-def]
+def _scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
     check_scale_weight_(weight, scale, dim)
 
 
 @torch.library.register_fake("ia3::gated_activation_backward", lib=LIBRARY)
-def _(grad, gate, up, scale, activation, adapter_index, output_mask):  # type: ignore[no-untyped-def]
+def _gated_activation_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     check_activation("gated_activation", gate, up, scale, activation, adapter_index)
     wants_gate, wants_up, wants_scale = output_mask
-    return (
-        _empty(gate, wants_gate),
-        _empty(up, wants_up),
-        _empty(gate if scale is None else scale, wants_scale and scale is not None),
-    )
+    return _empty(gate, wants_gate), _empty(up, wants_up), _empty_scale_gradient(gate, scale, wants_scale)
 
 
 @torch.library.register_fake("ia3::scaled_activation_backward", lib=LIBRARY)
-def _(grad, x, scale, activation, adapter_index, output_mask):  # type: ignore[no-untyped-def]
+def _scaled_activation_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
     check_activation("scaled_activation", x, None, scale, activation, adapter_index)
-    return _empty(x, output_mask[0]), _empty(x if scale is None else scale, output_mask[1] and scale is not None)
+    wants_x, wants_scale = output_mask
+    return _empty(x, wants_x), _empty_scale_gradient(x, scale, wants_scale)

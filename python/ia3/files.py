@@ -17,17 +17,17 @@ def _beside(path: Path) -> Iterator[Path]:
     """A new, empty folder next to ``path`` (so on the same file system), gone at the end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise IA3Error(
             f"cannot write {path}: {error.strerror or error}; choose a folder that can be written."
         ) from error
     try:
-        yield workplace
+        yield scratch
     except OSError as error:
         raise IA3Error(f"cannot write {path}: {error.strerror or error}; nothing there was replaced.") from error
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _with_usual_permissions(path: Path, is_folder: bool) -> Path:
@@ -43,8 +43,8 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(path)
     if target.is_dir():
         raise IA3Error(f"cannot write the file {target}: a folder of that name exists; choose another name.")
-    with _beside(target) as workplace:
-        written = workplace / target.name
+    with _beside(target) as scratch:
+        written = scratch / target.name
         with open(written, "wb") as file:
             file.write(data)
             file.flush()
@@ -67,8 +67,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise IA3Error(f"cannot write the folder {target}: a file of that name exists; choose another name.")
-    with _beside(target) as workplace:
-        content = workplace / "content"
+    with _beside(target) as scratch:
+        content = scratch / "content"
         content.mkdir()
         yield content
         if not target.exists():
