@@ -56,11 +56,12 @@ def _first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _can_look_at(tensor: Tensor) -> bool:
     """Whether the host may read the tensor's values now: a real CPU tensor outside of tracing."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not _is_traced(tensor)
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 class _ScaledLinear(torch.autograd.Function):

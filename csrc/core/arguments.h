@@ -46,7 +46,6 @@ struct ActivationGradArgs {
   int64_t gate_stride;
   const void* up;
   int64_t up_stride;
-  RowScales scales;
   void* grad_gate;  // [rows, n], contiguous
   void* grad_up;
   int64_t cols;

@@ -144,7 +144,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_backward(
                                 g.stride,
                                 u.data,
                                 u.stride,
-                                scales.view,
                                 mask[0] ? grad_gate.mutable_data_ptr() : nullptr,
                                 mask[1] && up ? grad_up.mutable_data_ptr() : nullptr,
                                 cols};

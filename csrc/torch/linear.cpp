@@ -206,11 +206,13 @@ bool widens(at::ScalarType dtype) {
 
 // Rows up to which our own kernel streams the weight; beyond, a matmul library reuses it better. The crossings were
 // measured against MKL and oneDNN on an AVX-512 machine without AMX (docs/performance.md).
+constexpr int64_t kSmallRows16Bit = 16;
+
 int64_t small_rows(at::ScalarType dtype, bool transposed, int64_t rows) {
   if (dtype == at::kFloat) return transposed ? 8 : 24;
-  if (transposed || rows <= 16) return 16;
+  if (transposed || rows <= kSmallRows16Bit) return kSmallRows16Bit;
   // Where the library's 16-bit matmul is slow, it is slow for these as well.
-  return widens(dtype) ? 64 : 16;
+  return widens(dtype) ? 64 : kSmallRows16Bit;
 }
 
 }  // namespace
@@ -277,7 +279,7 @@ bool recovers_product(const at::Tensor& x, const at::Tensor& weight, const at::T
   if (x.scalar_type() == at::kHalf) return false;
   // The library's 16-bit matmul rounds z before it is scaled; y / s would then carry two roundings, z itself one.
   const int64_t rows = x.numel() / std::max<int64_t>(1, weight.size(1));
-  if (x.scalar_type() == at::kBFloat16 && rows > 16 && !widens(at::kBFloat16)) return false;
+  if (x.scalar_type() == at::kBFloat16 && rows > kSmallRows16Bit && !widens(at::kBFloat16)) return false;
   const at::Tensor scale = output_scale.to(at::kFloat).contiguous();
   const float* s = scale.const_data_ptr<float>();
   constexpr float kSmallest = 0x1p-20f, kLargest = 0x1p20f;

@@ -94,7 +94,8 @@ def explain(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = to
     if op not in SCHEMAS:
         raise ValueError(f"explain: there is no operator {op!r}; expected one of {', '.join(SCHEMAS)}.")
     backend, reason = choose(op, torch.device(device).type, dtype)
-    return Choice(backend.name, f"{reason}; {backend.detail(op, dtype)}" if backend.detail(op, dtype) else reason)
+    detail = backend.detail(op, dtype)
+    return Choice(backend.name, f"{reason}; {detail}" if detail else reason)
 
 
 def _register(op: str) -> None:
