@@ -18,6 +18,7 @@ from .settings import DTYPES, Settings
 # Baselines by implementation; a compiled one is also compared with the plain frozen model, the reference of all.
 BASELINES: Mapping[str, Sequence[str]] = {
     "ours": ("frozen_base", "peft"),
+    "accelerated": ("ours", "frozen_base", "peft"),
     "peft": ("frozen_base",),
     "ours+compile": ("frozen_base", "frozen_base+compile", "peft+compile"),
     "peft+compile": ("frozen_base", "frozen_base+compile"),
@@ -54,15 +55,15 @@ def _has_peft() -> bool:
 
 
 def _with_vectors(kind: str, base: Any) -> nn.Module:
-    if kind == "ours":
-        import ia3
+    import ia3
 
+    if kind == "ours":
         ours: nn.Module = ia3.get_peft_model(base, ia3.IA3Config(task_type=ia3.TaskType.CAUSAL_LM))
         return ours
     import peft
 
     theirs: nn.Module = peft.get_peft_model(base, peft.IA3Config(task_type=peft.TaskType.CAUSAL_LM))
-    return theirs
+    return ia3.accelerate(theirs) if kind == "accelerated" else theirs
 
 
 def models(settings: Settings, dtype: str, implementations: Sequence[str]) -> dict[str, nn.Module]:
@@ -79,7 +80,7 @@ def models(settings: Settings, dtype: str, implementations: Sequence[str]) -> di
     built: dict[str, nn.Module] = {}
     for impl in implementations:
         kind, _, compiled = impl.partition("+")
-        if kind == "peft" and not _has_peft():
+        if kind in ("peft", "accelerated") and not _has_peft():
             continue
         model = copy.deepcopy(base)
         if kind != "frozen_base":

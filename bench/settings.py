@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IMPLEMENTATIONS = ("ours", "ours+compile", "peft", "peft+compile", "frozen_base", "frozen_base+compile")
+IMPLEMENTATIONS = (
+    "ours",
+    "ours+compile",
+    "accelerated",  # PEFT's model after ia3.accelerate
+    "peft",
+    "peft+compile",
+    "frozen_base",
+    "frozen_base+compile",
+)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import IA3Error
 from .files import atomic_write_text
+from .hub import source_folder
 
 CONFIG_NAME = "adapter_config.json"
 # The release of PEFT whose file format we write.
@@ -137,6 +138,16 @@ class IA3Config:
             raise IA3Error(f"modules_to_save is {names!r}; expected a list of module names: write [{names!r}].")
         self.modules_to_save = list(self.modules_to_save)
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """No; asked of every PEFT configuration by other libraries."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """No; as above."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as Python values (names are sets), unknown fields of a loaded file included."""
         content = asdict(self)
@@ -157,14 +168,13 @@ class IA3Config:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **source: Any
     ) -> IA3Config:
-        """Read ``adapter_config.json`` from a local folder; raises :class:`IA3Error`.
+        """Read ``adapter_config.json`` from a local folder or a hub's repository; raises :class:`IA3Error`.
 
-        Fields that this version does not know (a newer PEFT's) are kept in ``unknown_fields``, with a warning.
+        source: for a hub, ``revision``, ``token`` and ``cache_dir``.
         """
-        folder = Path(pretrained_model_name_or_path)
-        path = (folder / subfolder if subfolder else folder) / CONFIG_NAME
+        path = source_folder(pretrained_model_name_or_path, subfolder, **source) / CONFIG_NAME
         if not path.is_file():
             raise IA3Error(f"there is no {CONFIG_NAME} in {path.parent}; name the local folder of a saved adapter.")
         try:
@@ -177,17 +187,26 @@ class IA3Config:
             raise IA3Error(
                 f"{path} has peft_type {content.get('peft_type')!r}; expected 'IA3': load this adapter with PEFT."
             )
-        known = {entry.name for entry in fields(cls) if entry.init}
-        unknown = {name: content.pop(name) for name in sorted(content.keys() - known)}
         try:
-            config = cls(**content)
+            return cls.from_dict(content, str(path))
         except IA3Error as error:
             raise IA3Error(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], source: str = "the configuration") -> IA3Config:
+        """The configuration that :meth:`to_dict` describes, or that of PEFT's ``IA3Config``.
+
+        Fields that this version does not know are kept in ``unknown_fields``, with a warning that names ``source``.
+        Raises :class:`IA3Error`.
+        """
+        known = {entry.name for entry in fields(cls) if entry.init}
+        unknown = {name: content[name] for name in sorted(content.keys() - known)}
+        config = cls(**{name: value for name, value in content.items() if name in known})
+        config.unknown_fields = unknown
         if unknown:
             warnings.warn(
-                f"{path} has fields that this version does not know ({_quoted(list(unknown))}), probably from a newer "
-                "PEFT; they are kept, but have no effect.",
-                stacklevel=2,
+                f"{source} has fields that this version does not know ({_quoted(list(unknown))}), probably from a "
+                "newer PEFT; they are kept, but have no effect.",
+                stacklevel=3,
             )
-            config.unknown_fields = unknown
         return config

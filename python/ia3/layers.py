@@ -1,4 +1,4 @@
-"""``IA3Linear``: a frozen linear layer with learned vectors, computed by ``ia3_kernels``.
+"""``IA3Layer``: a frozen layer with learned vectors, computed by ``ia3_kernels``.
 
 The functions here read only attributes that PEFT's IA3 layers have as well (``base_layer``, ``ia3_l``,
 ``is_feedforward``, ``active_adapters``, ``merged_adapters``), so that they serve those layers too. They look modules
@@ -7,7 +7,7 @@ and parameters up in ``_modules`` and ``_parameters``: ``nn.Module.__getattr__``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from ia3_kernels import scaled_activation, scaled_linear
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+# Packed linear layers that do not inherit from nn.Linear; by name, because they come with optional packages.
+_QUANTIZED_LINEARS = frozenset({"GgufLinear"})
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -58,80 +61,166 @@ def effective_scale(layer: nn.Module) -> Tensor | None:
     """The product of the active adapters' vectors, ``[n]``; ``None`` where nothing is to be scaled."""
     if layer._disable_adapters or layer.merged_adapters:
         return None
-    vectors: Any = layer._modules["ia3_l"]
-    names: Any = layer.active_adapters
+    if torch.compiler.is_compiling() and _running_is_current(layer):
+        running = layer.__dict__["_running"]
+    else:
+        running = active_vectors(layer)
     scale: Tensor | None = None
-    for name in names:
-        vector = vectors._parameters.get(name)
-        if vector is None:
-            if name not in vectors:
-                continue
-            vector = vectors[name]  # a sharding wrapper may keep it as a plain attribute
+    for vector in running:
         scale = vector if scale is None else scale * vector
     return None if scale is None else scale.reshape(-1)
 
 
+def active_vectors(layer: nn.Module, names: Iterable[str] | None = None) -> tuple[Tensor, ...]:
+    """The vectors that ``layer`` has of these adapters (of the active ones), as they are stored."""
+    vectors: Any = layer._modules["ia3_l"]
+    found = []
+    wanted: Any = layer.active_adapters if names is None else names
+    for name in wanted:
+        vector = vectors._parameters.get(name)
+        if vector is not None:
+            found.append(vector)
+        elif name in vectors:
+            found.append(vectors[name])  # a sharding wrapper may keep it as a plain attribute
+    return tuple(found)
+
+
+@torch.compiler.assume_constant_result
+def _running_is_current(layer: nn.Module) -> bool:
+    """Whether ``_running`` still holds the parameters that the names of the active adapters lead to.
+
+    Asked once per trace. What replaces parameters behind the layer's back (sharding, ``functional_call``) makes it
+    false, and the names are traced instead.
+    """
+    running = layer.__dict__.get("_running")
+    if running is None:
+        return False
+    vectors = active_vectors(layer)
+    return len(running) == len(vectors) and all(a is b for a, b in zip(running, vectors, strict=True))
+
+
 def scaled_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """``base(x ∘ l)`` for a feed-forward layer, ``base(x) ∘ l`` for any other; x ``[*, in]`` → ``[*, out]``."""
+    """``base(x ∘ l)`` for a feed-forward layer, ``base(x) ∘ l`` for any other; x ``[*, in]`` → ``[*, out]``.
+
+    Convolutions are scaled per channel. A layer that is merged and disabled runs its original parameters.
+    """
     base: Any = layer._modules["base_layer"]
     y: Tensor
     scale = effective_scale(layer)
     if scale is None:
-        y = base(x)
+        originals = layer.__dict__.get("_originals") if layer._disable_adapters else None
+        y = torch.func.functional_call(base, originals, (x,)) if originals else base(x)
     elif (weight := plain_weight(base)) is not None:
         scales = (scale, None) if layer.is_feedforward else (None, scale)
         y = scaled_linear(x, weight, base._parameters["bias"], *scales)
     elif layer.is_feedforward:
-        y = base(scaled_activation(x, scale, "identity"))
+        y = base(_scale_channels(base, x, scale))
     else:
-        y = scaled_activation(base(x), scale, "identity")
+        y = _scale_channels(base, base(x), scale)
     return y
 
 
-def is_supported(layer: nn.Module) -> bool:
-    """Whether :class:`IA3Linear` can stand in for ``layer``."""
-    return isinstance(layer, (nn.Linear, Conv1D))
+def _scale_channels(base: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+    """``x ∘ scale`` along the dimension that ``base`` reads and writes its features in."""
+    if not isinstance(base, _CONVOLUTIONS):
+        return scaled_activation(x, scale, "identity")
+    spatial = base.weight.dim() - 2  # x is [N, C, *spatial] or [C, *spatial]
+    last = x.movedim(-1 - spatial, -1)
+    if last.is_contiguous():  # channels_last
+        return scaled_activation(last, scale, "identity").movedim(-1, -1 - spatial)
+    return (x * scale.reshape(-1, *(1,) * spatial)).to(x.dtype)
 
 
-class IA3Linear(nn.Module):
-    """A frozen ``nn.Linear`` or ``Conv1D`` with learned vectors, one per adapter.
+def is_scaled(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a layer with vectors, ours or PEFT's."""
+    return module is not None and "ia3_l" in module._modules
+
+
+def features(layer: Any) -> tuple[int, int] | None:
+    """The input and output features (channels) of a layer that vectors can scale, else ``None``.
+
+    Linear layers of any weight type (quantized ones are recognized by their ``in_features``), ``Conv1D``, ``Conv2d``
+    and ``Conv3d``.
+    """
+    if isinstance(layer, Conv1D):
+        return int(layer.nx), int(layer.nf)
+    if isinstance(layer, _CONVOLUTIONS):
+        return layer.in_channels, layer.out_channels
+    if isinstance(layer, nn.Linear) or type(layer).__name__ in _QUANTIZED_LINEARS:
+        return layer.in_features, layer.out_features
+    return None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` is one that vectors can scale, and no convolution."""
+    return features(layer) is not None and not isinstance(layer, _CONVOLUTIONS)
+
+
+class ScaledLayer(nn.Module):
+    """What our layers and PEFT's accelerated ones share: the computation, and ``_running``.
+
+    A compiled graph that looked vectors up by their adapter's name would hold for that name only, and activating
+    another adapter would compile again. So the layer keeps the active ones in ``_running`` too, where a graph finds
+    them without a name; it is renewed whenever they may have changed.
+    """
+
+    forward = scaled_forward
+
+    def _note_running(self) -> None:
+        self.__dict__["_running"] = active_vectors(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._note_running()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Called before the vectors are loaded, perhaps as new parameters: graphs have to look again.
+        self.__dict__["_running"] = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class IA3Layer(ScaledLayer):
+    """A frozen linear layer or convolution with learned vectors, one per adapter.
 
     base_layer: the layer; its parameters are used where they lie.
-    is_feedforward: scale the input (vectors ``[1, in_features]``) instead of the output (``[out_features, 1]``).
+    is_feedforward: scale the input features (channels) instead of the output's.
 
-    Vectors are fp32 whatever the base's dtype; the ones of all ``active_adapters`` multiply together.
+    Vectors are shaped as PEFT shapes them: ``[1, in]`` or ``[out, 1]``, and ``[1, channels, 1, 1(, 1)]`` for
+    convolutions; fp32 whatever the base's dtype. The ones of all ``active_adapters`` multiply together.
     """
 
     adapter_layer_names = ("ia3_l",)
 
     def __init__(self, base_layer: nn.Module, is_feedforward: bool) -> None:
         super().__init__()
-        if isinstance(base_layer, nn.Linear):
-            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        elif isinstance(base_layer, Conv1D):
-            self.in_features, self.out_features = base_layer.nx, base_layer.nf
-        else:
-            raise TypeError(f"IA3Linear got a {type(base_layer).__name__}; expected an nn.Linear or a Conv1D.")
-        self.base_layer = base_layer
+        sizes = features(base_layer)
+        if sizes is None:
+            raise TypeError(f"IA3Layer got a {type(base_layer).__name__}; expected a linear layer or a convolution.")
+        self.in_features, self.out_features = sizes
+        # Any: a linear layer or a convolution, of whatever library.
+        self.base_layer: Any = base_layer
         self.ia3_l = nn.ParameterDict()
         self.is_feedforward = is_feedforward
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+        # While merged: the base layer's own parameters, by name (see merging.py).
+        self._originals: dict[str, nn.Parameter] = {}
         self.training = base_layer.training
-
-    forward = scaled_forward
 
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, unscaled."""
-        return self.base_layer.weight
+        weight: Tensor = self.base_layer.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias, unscaled."""
-        return self.base_layer.bias
+        bias: Tensor | None = self.base_layer.bias
+        return bias
 
     @property
     def merged(self) -> bool:
@@ -145,31 +234,45 @@ class IA3Linear(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """The layer as it was before injection."""
-        return self.base_layer
+        base: nn.Module = self.base_layer
+        return base
 
-    def vector_shape(self) -> tuple[int, int]:
+    def vector_shape(self) -> tuple[int, ...]:
         """The shape of one adapter's vector, as PEFT stores it."""
-        return (1, self.in_features) if self.is_feedforward else (self.out_features, 1)
+        size = self.in_features if self.is_feedforward else self.out_features
+        if isinstance(self.base_layer, _CONVOLUTIONS):
+            return (1, size, *(1,) * (self.base_layer.weight.dim() - 2))
+        return (1, size) if self.is_feedforward else (size, 1)
 
-    def add_vector(self, adapter_name: str, init_ones: bool = True) -> None:
-        """Add the vector of an adapter: ones, or normal noise. It is not active yet."""
-        device = self.base_layer.weight.device
+    def add_vector(
+        self, adapter_name: str, init_ones: bool = True, dtype: torch.dtype = torch.float32, on_meta: bool = False
+    ) -> None:
+        """Add the vector of an adapter: ones, or normal noise. It is not active yet, and frozen until it is."""
+        device = torch.device("meta") if on_meta else self.base_layer.weight.device
         shape = self.vector_shape()
         # Noise comes from the CPU's generator, as in PEFT: the same seed gives the same vectors on any device.
         values = torch.ones(shape) if init_ones else torch.randn(shape)
-        self.ia3_l[adapter_name] = nn.Parameter(values.to(device=device, dtype=torch.float32))
+        self.ia3_l[adapter_name] = nn.Parameter(values.to(device=device, dtype=dtype), requires_grad=False)
+        self._note_running()
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Forget an adapter, where it is known here."""
         if adapter_name in self.ia3_l:
             del self.ia3_l[adapter_name]
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+        self._note_running()
 
     def set_adapter(self, adapter_names: Sequence[str], inference_mode: bool = False) -> None:
         """Activate these adapters: they multiply together, and are trainable unless ``inference_mode``."""
         self.active_adapters = list(adapter_names)
         for name, vector in self.ia3_l.items():
             vector.requires_grad_(name in self.active_adapters and not inference_mode)
+        self._note_running()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for parameter in self._originals.values():
+            parameter.data = fn(parameter.data)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         side = "input" if self.is_feedforward else "output"

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import IA3Config, TaskType
 from .errors import IA3Error
-from .layers import IA3Linear, is_supported
+from .layers import IA3Layer, features, is_linear, is_scaled
 from .saved_modules import ModulesToSaveWrapper
 
 ALL_LINEAR = "all-linear"
@@ -86,14 +86,14 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not path or path.startswith(inside):
             continue
         yield path, module
-        if isinstance(module, (IA3Linear, ModulesToSaveWrapper)):
+        if isinstance(module, (IA3Layer, ModulesToSaveWrapper)):
             inside += (path + ".",)
 
 
-def carriers(model: nn.Module) -> Iterator[tuple[str, IA3Linear | ModulesToSaveWrapper]]:
+def carriers(model: nn.Module) -> Iterator[tuple[str, IA3Layer | ModulesToSaveWrapper]]:
     """The modules of ``model`` that carry adapters, by name."""
     for path, module in model.named_modules():
-        if isinstance(module, (IA3Linear, ModulesToSaveWrapper)):
+        if isinstance(module, (IA3Layer, ModulesToSaveWrapper)):
             yield path, module
 
 
@@ -110,9 +110,13 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
+def _base_of(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, IA3Layer) else module
+
+
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
     """The last components of the linear layers' names, each once, in the model's order."""
-    return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if is_supported(module)))
+    return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if features(module)))
 
 
 def _suggestion(model: nn.Module, modules: dict[str, nn.Module], wanted: Iterable[str]) -> str:
@@ -124,7 +128,7 @@ def _suggestion(model: nn.Module, modules: dict[str, nn.Module], wanted: Iterabl
             f"to scale: set target_modules to linear layers, of which there are {_quoted(_linear_names(modules))}"
         )
     linear = _linear_names(modules)
-    endings = [".".join(path.split(".")[-2:]) for path, module in modules.items() if is_supported(module)]
+    endings = [".".join(path.split(".")[-2:]) for path, module in modules.items() if features(module)]
     near: dict[str, None] = {}
     for name in wanted:
         candidates = list(dict.fromkeys(endings)) if "." in name else linear
@@ -148,11 +152,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Conf
     output = getter()
     if output is None and config.task_type == TaskType.SEQ_CLS:
         output = next((getattr(model, name) for name in TASK_HEADS[TaskType.SEQ_CLS] if hasattr(model, name)), None)
-    return [
-        path
-        for path, module in modules.items()
-        if (is_supported(module) or isinstance(module, IA3Linear)) and module is not output
-    ]
+    return [path for path, module in modules.items() if is_linear(_base_of(module)) and module is not output]
 
 
 def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config, strict: bool) -> list[str]:
@@ -283,12 +283,13 @@ def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
         _check_feedforward(model, modules, config, paths, strict)
     targets = tuple(Target(path, modules[path], _is_feedforward(path, config.feedforward_modules)) for path in paths)
     for target in targets:
-        if not is_supported(target.module) and not isinstance(target.module, IA3Linear):
+        if not is_scaled(target.module) and features(target.module) is None:
             raise IA3Error(
-                f"target_modules matches {target.path!r}, which is a {type(target.module).__name__}; only nn.Linear "
-                f"and Conv1D layers can be scaled: {_suggestion(model, modules, [target.path.rpartition('.')[2]])}."
+                f"target_modules matches {target.path!r}, which is a {type(target.module).__name__}; only linear "
+                "layers and two- and three-dimensional convolutions can be scaled: "
+                f"{_suggestion(model, modules, [target.path.rpartition('.')[2]])}."
             )
-        if isinstance(target.module, IA3Linear) and target.module.is_feedforward != target.is_feedforward:
+        if isinstance(target.module, IA3Layer) and target.module.is_feedforward != target.is_feedforward:
             raise IA3Error(
                 f"{target.path!r} already scales its {'input' if target.module.is_feedforward else 'output'} for "
                 "another adapter, and this one asks for the other side; make feedforward_modules agree."
@@ -317,7 +318,7 @@ def _check_feedforward(
 
 def _corrected_fan_in_fan_out(config: IA3Config, targets: tuple[Target, ...]) -> bool:
     """Whether weights are stored ``[in, out]``, told from the layers; a configuration that says otherwise is warned."""
-    bases = [target.module.base_layer if isinstance(target.module, IA3Linear) else target.module for target in targets]
+    bases = [_base_of(target.module) for target in targets]
     has_conv1d = any(isinstance(base, Conv1D) for base in bases)
     if config.fan_in_fan_out != has_conv1d:
         kinds = sorted({type(base).__name__ for base in bases})

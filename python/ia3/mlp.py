@@ -19,7 +19,7 @@ from transformers import activations
 
 from ia3_kernels import gated_activation, scaled_activation
 
-from .layers import IA3Linear, effective_scale, is_untouched, project
+from .layers import ScaledLayer, effective_scale, is_untouched, project
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def obstacle(block: nn.Module, row: Row) -> str | None:
     """
     inner, outer = _holder(block, row.inner), _holder(block, row.outer)
     down = outer._modules[row.down]
-    if not isinstance(down, IA3Linear) or not down.is_feedforward:
+    if not isinstance(down, ScaledLayer) or not down.is_feedforward:
         return f"{row.down} has no input vector"
     activation = _activation_of(inner, row)
     if activation_name(activation) is None:

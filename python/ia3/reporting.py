@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 import ia3_kernels
 
-from .layers import IA3Linear, effective_scale, plain_weight
-from .matching import carriers
+from .layers import ScaledLayer, effective_scale, is_scaled, plain_weight
 from .mlp import Row, obstacle, patch_of, row_of
 
 
@@ -42,11 +42,14 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """List every scaled layer of ``model`` (an ``IA3Model`` or its base model) and how it runs now."""
+    """List every scaled layer of ``model`` and how it runs now.
+
+    model: an ``IA3Model``, a ``peft.PeftModel``, or the base model of either.
+    """
     base = getattr(model, "get_base_model", lambda: model)()
     blocks = _blocks(base)
-    rows = [_row(path, layer, blocks.get(id(layer))) for path, layer in carriers(base) if isinstance(layer, IA3Linear)]
-    return Report(rows)
+    layers = ((path, layer) for path, layer in base.named_modules() if is_scaled(layer))
+    return Report([_row(path, layer, blocks.get(id(layer))) for path, layer in layers])
 
 
 def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
@@ -60,10 +63,14 @@ def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
     return found
 
 
-def _row(path: str, layer: IA3Linear, place: tuple[nn.Module, Row] | None) -> ReportRow:
+def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None) -> ReportRow:
     kind = "input" if layer.is_feedforward else "output"
     base = layer.base_layer
     device, dtype = base.weight.device, base.weight.dtype
+    if not isinstance(layer, ScaledLayer):
+        return ReportRow(
+            path, kind, f"{type(layer).__module__.partition('.')[0]}", "not accelerated: ia3.accelerate does"
+        )
     if effective_scale(layer) is None:
         state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "not active here"
         return ReportRow(path, kind, type(base).__name__, f"the adapter is {state}")
@@ -82,6 +89,8 @@ def _row(path: str, layer: IA3Linear, place: tuple[nn.Module, Row] | None) -> Re
                 fused = f"fused into {type(block).__name__} ({row.family}); {choice.reason}"
                 return ReportRow(path, kind, f"{op} ({choice.backend})", fused)
             reason = f"not fused: {in_the_way}; "
+    if isinstance(base, nn.Conv2d | nn.Conv3d):
+        return ReportRow(path, kind, "torch", reason + "convolutions are scaled per channel by torch")
     if plain_weight(base) is None:
         op, detail = "scaled_activation", f"{type(base).__name__} computes its own product; "
     else:

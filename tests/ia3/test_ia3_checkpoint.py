@@ -107,6 +107,7 @@ def test_saving_leaves_no_scratch_files_and_replaces_an_older_adapter(
     (folder / "notes.txt").write_text("kept")
     adapted(families["llama"], target_modules=["k_proj"], feedforward_modules=[]).save_pretrained(folder)
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "notes.txt",

@@ -1,4 +1,4 @@
-"""IA3Linear: both sides, both kinds of base layer, several adapters, and bases with a mind of their own."""
+"""IA3Layer: both sides, both kinds of base layer, several adapters, and bases with a mind of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ia3.layers import IA3Linear
+from ia3.layers import IA3Layer
 
 
 def _base(kind: str, bias: bool = True) -> nn.Module:
@@ -22,15 +22,15 @@ def _base(kind: str, bias: bool = True) -> nn.Module:
     return layer
 
 
-def _layer(kind: str, is_feedforward: bool, adapters: tuple[str, ...] = ("default",)) -> IA3Linear:
-    layer = IA3Linear(_base(kind).requires_grad_(False), is_feedforward)
+def _layer(kind: str, is_feedforward: bool, adapters: tuple[str, ...] = ("default",)) -> IA3Layer:
+    layer = IA3Layer(_base(kind).requires_grad_(False), is_feedforward)
     for name in adapters:
         layer.add_vector(name, init_ones=False)
     layer.set_adapter(adapters)
     return layer
 
 
-def _formula(layer: IA3Linear, x: Tensor) -> Tensor:
+def _formula(layer: IA3Layer, x: Tensor) -> Tensor:
     scale = torch.ones(())
     for name in layer.active_adapters:
         scale = scale * layer.ia3_l[name].flatten()
@@ -64,7 +64,7 @@ def test_a_base_with_hooks_or_of_another_class_runs_itself(is_feedforward: bool)
             return 2 * super().forward(input)
 
     x = torch.randn(3, 6)
-    layer = IA3Linear(Doubling(6, 4), is_feedforward)
+    layer = IA3Layer(Doubling(6, 4), is_feedforward)
     layer.add_vector("default", init_ones=False)
     layer.set_adapter(["default"])
     torch.testing.assert_close(layer(x), _formula(layer, x))
@@ -101,7 +101,7 @@ def test_it_shows_what_the_base_layer_shows() -> None:
 
 
 def test_vectors_are_fp32_over_any_base() -> None:
-    layer = IA3Linear(nn.Linear(6, 4).bfloat16(), False)
+    layer = IA3Layer(nn.Linear(6, 4).bfloat16(), False)
     layer.add_vector("default")
     layer.set_adapter(["default"])
     assert layer.ia3_l["default"].dtype == torch.float32
@@ -127,6 +127,6 @@ def test_copies_and_pickles_are_their_own() -> None:
         assert not torch.equal(twin(x), layer(x))
 
 
-def test_only_linear_layers_are_taken() -> None:
-    with pytest.raises(TypeError, match="Conv2d"):
-        IA3Linear(nn.Conv2d(1, 1, 1), False)
+def test_layers_that_vectors_cannot_scale_are_refused() -> None:
+    with pytest.raises(TypeError, match="Embedding"):
+        IA3Layer(nn.Embedding(3, 2), False)

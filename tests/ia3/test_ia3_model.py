@@ -85,7 +85,7 @@ def test_a_failure_in_the_middle_changes_nothing(
     if stage == "replacing":
         monkeypatch.setattr(tuner, "_replace", failing(tuner._replace))
     elif stage == "vectors":
-        monkeypatch.setattr(ia3.layers.IA3Linear, "add_vector", failing(ia3.layers.IA3Linear.add_vector))
+        monkeypatch.setattr(ia3.layers.IA3Layer, "add_vector", failing(ia3.layers.IA3Layer.add_vector))
     else:
         calls = 2
         monkeypatch.setattr(tuner, "fuse", failing(tuner.fuse))

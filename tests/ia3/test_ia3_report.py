@@ -15,7 +15,7 @@ import ia3_kernels
 def test_every_layer_has_a_row(family: Any, adapted: Callable[..., ia3.IA3Model]) -> None:
     model = adapted(family)
     report = ia3.report(model)
-    layers = [name for name, module in model.get_base_model().named_modules() if type(module).__name__ == "IA3Linear"]
+    layers = [name for name, module in model.get_base_model().named_modules() if type(module).__name__ == "IA3Layer"]
     assert [row.module for row in report.rows] == layers
     assert ia3.report(model.get_base_model()).rows == report.rows
 
