@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from .config import CONFIG_NAME, IA3Config
 from .errors import IA3Error
@@ -102,15 +104,25 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: IA3Config) ->
 
 
 def write_model_card(folder: Path, config: IA3Config) -> None:
-    """Write a ``README.md`` by which model hubs know what the folder holds; one that is there stays."""
-    path = folder / "README.md"
+    """Write a ``README.md`` by which model hubs know what the folder holds; one that is there keeps its text."""
+    path, base = folder / "README.md", config.base_model_name_or_path
     if path.exists():
-        return
-    base = config.base_model_name_or_path
-    data = ModelCardData(library_name="peft", base_model=base, tags=["ia3"])
-    name = f" for `{base}`" if base else ""
-    text = f"# (IA)³ adapter{name}\n\nLoads with `ia3.IA3Model.from_pretrained` and `peft.PeftModel.from_pretrained`."
-    atomic_write_text(path, f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+        try:
+            card = ModelCard.load(path)
+        except (ValueError, YAMLError) as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"{path} has metadata that cannot be read ({reason}); it stays as it is.", stacklevel=3)
+            return
+    else:
+        name = f" for `{base}`" if base else ""
+        card = ModelCard(
+            f"---\n{{}}\n---\n\n# (IA)³ adapter{name}\n\n"
+            "Loads with `ia3.IA3Model.from_pretrained` and `peft.PeftModel.from_pretrained`.\n"
+        )
+    card.data.library_name = "peft"
+    card.data.base_model = card.data.base_model or base
+    card.data.tags = sorted({*(card.data.tags or ()), "ia3"})
+    atomic_write_text(path, str(card))
 
 
 def read_tensors(folder: Path, key_mapping: Mapping[str, str] | None = None) -> dict[str, Tensor]:

@@ -63,9 +63,15 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
     # The newer name first: the older one warns that it will go.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
-    if not options["use_reentrant"] or getattr(model, "_require_grads_hooks", None):
+    if options["use_reentrant"]:
+        require_input_gradients(model)
+
+
+def require_input_gradients(model: Any) -> None:
+    """Let the embeddings' output require a gradient: reentrant checkpoints pass gradients to inputs that want them."""
+    if getattr(model, "_require_grads_hooks", None):
         return  # transformers has set the hooks itself for most models; a second set would never be removed
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    else:
+    elif hasattr(model, "get_input_embeddings"):
         model.get_input_embeddings().register_forward_hook(_require_grad)

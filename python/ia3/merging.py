@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ia3_kernels import scale_weight_
 
 from .errors import IA3Error
-from .layers import IA3Layer, active_vectors, plain_weight
+from .layers import IA3Layer, active_vectors, is_untouched, plain_weight
 
 NamedLayer = tuple[str, IA3Layer]
 
@@ -29,12 +29,16 @@ def check_mergeable(layers: Iterable[NamedLayer]) -> None:
     """Raise :class:`IA3Error` where a weight cannot be scaled (a quantized layer, hooks), before anything is."""
     for path, layer in layers:
         base = layer.base_layer
-        is_plain_conv = isinstance(base, (nn.Conv2d, nn.Conv3d)) and base.weight.is_floating_point()
-        if plain_weight(base) is None and not is_plain_conv:
+        if plain_weight(base) is None and not _is_plain_convolution(base):
             raise IA3Error(
                 f"cannot merge into {path!r}, a {type(base).__name__} whose weight is not a plain tensor, or which has "
                 "hooks; run the model unmerged, or load it unquantized."
             )
+
+
+def _is_plain_convolution(base: nn.Module) -> bool:
+    is_convolution = type(base) in (nn.Conv2d, nn.Conv3d)  # a subclass may compute its weight from another
+    return is_convolution and is_untouched(base) and type(base._parameters["weight"]) is nn.Parameter
 
 
 def _to_merge(layer: IA3Layer, adapter_names: Sequence[str] | None) -> list[str]:
@@ -53,12 +57,11 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _views(base: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight as ``[out, in, spatial]`` and the bias of a layer; views of its parameters."""
-    weight: Tensor = base.weight.detach()  # type: ignore[operator]
+def _views(base: nn.Module, parameters: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Views of the weight, as ``[out, in, spatial]``, and the bias among the parameters of ``base``."""
+    weight, bias = parameters["weight"].detach(), parameters["bias"]
     weight = weight.t() if isinstance(base, Conv1D) else weight
-    bias = base.bias
-    return weight, None if bias is None else bias.detach()  # type: ignore[operator]
+    return weight, None if bias is None else bias.detach()
 
 
 def _input_scale_of_rows(base: nn.Module, scale: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def _input_scale_of_rows(base: nn.Module, scale: Tensor) -> Tensor:
 def _scale(layer: IA3Layer, scale: Tensor) -> None:
     """Scale the parameters of the base layer, in place; one rounding."""
     base = layer.base_layer
-    weight, bias = _views(base)
+    weight, bias = _views(base, base._parameters)
     if weight.dim() == 2:
         scale_weight_(weight, scale, 1 if layer.is_feedforward else 0)
     else:
@@ -83,7 +86,7 @@ def _scale(layer: IA3Layer, scale: Tensor) -> None:
 
 def _check_finite(path: str, layer: IA3Layer, scale: Tensor, names: Sequence[str]) -> None:
     """Raise where scaling would give a value that is not finite, told from the largest magnitudes: no copy is made."""
-    weight, bias = _views(layer.base_layer)
+    weight, bias = _views(layer.base_layer, {**layer.base_layer._parameters, **layer._originals})
     # Products grow with |w|, so the largest of each row (column) tells; NaN and infinity come through.
     grouped = weight.unflatten(0, (getattr(layer.base_layer, "groups", 1), -1))  # [groups, out, in, spatial]
     kept = (0, 2) if layer.is_feedforward else (0, 1)
@@ -188,10 +191,11 @@ def merge_in_place(
     if safe:
         for path, layer, names in todo:
             _check_finite(path, layer, _product(layer, names), names)
+    scales = [_product(layer, names) for _, layer, names in todo]
+    for _, layer, _ in todo:
+        _restore(layer)  # before counting uses: parameters that were set aside may be shared
     uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    for _, layer, names in tqdm(todo, desc="merging", disable=not progressbar):
-        scale = _product(layer, names)
-        _restore(layer)
+    for (_, layer, _), scale in tqdm(zip(todo, scales, strict=True), "merging", len(todo), disable=not progressbar):
         _untie(layer.base_layer, uses)
         _scale(layer, scale)
 

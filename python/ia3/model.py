@@ -29,6 +29,7 @@ from .checkpoint import (
 from .config import IA3Config, PeftType
 from .errors import IA3Error
 from .hub import source_folder
+from .kbit import require_input_gradients
 from .matching import carriers, plan_adapter
 from .tuner import IA3Tuner
 
@@ -152,6 +153,10 @@ class IA3Model(_Base):
         """The adapters of the model; see :func:`ia3.get_model_status`."""
         return status.get_model_status(self)
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let the output of the embeddings of ``model`` require a gradient, as reentrant checkpoints need it."""
+        require_input_gradients(model)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: a scaling is no low-rank update."""
         return False
@@ -271,6 +276,10 @@ class IA3Model(_Base):
             write_model_card(Path(save_directory), self.peft_config[names[0]])
         if is_main_process and push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, **hub_arguments)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write a model card, or tell in the one that is there that the folder holds an adapter."""
+        write_model_card(Path(output_dir), self.active_peft_config)
 
     @classmethod
     def from_pretrained(

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 import ia3_kernels
@@ -49,7 +50,9 @@ def report(model: nn.Module) -> Report:
     base = getattr(model, "get_base_model", lambda: model)()
     blocks = _blocks(base)
     layers = ((path, layer) for path, layer in base.named_modules() if is_scaled(layer))
-    return Report([_row(path, layer, blocks.get(id(layer))) for path, layer in layers])
+    # What runs over packed weights: the model's dtype.
+    dtype = getattr(base, "dtype", torch.float32)
+    return Report([_row(path, layer, blocks.get(id(layer)), dtype) for path, layer in layers])
 
 
 def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
@@ -63,10 +66,10 @@ def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
     return found
 
 
-def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None) -> ReportRow:
+def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dtype: torch.dtype) -> ReportRow:
     kind = "input" if layer.is_feedforward else "output"
     base = layer.base_layer
-    device, dtype = base.weight.device, base.weight.dtype
+    device, dtype = base.weight.device, base.weight.dtype if base.weight.is_floating_point() else compute_dtype
     if not isinstance(layer, ScaledLayer):
         return ReportRow(
             path, kind, f"{type(layer).__module__.partition('.')[0]}", "not accelerated: ia3.accelerate does"

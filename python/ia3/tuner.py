@@ -147,7 +147,9 @@ class IA3Tuner(nn.Module):
         """
         names = self.check_known(adapter_name)
         if any(layer.merged for _, layer in self.layers()):
-            warnings.warn("adapters are merged into the weights; they are unmerged before others are active.", stacklevel=3)
+            warnings.warn(
+                "adapters are merged into the weights; they are unmerged before others are active.", stacklevel=3
+            )
             self.unmerge_adapter()
         self.active_adapters = names
         for _, carrier in carriers(self.model):
