@@ -61,7 +61,9 @@ def effective_scale(layer: nn.Module) -> Tensor | None:
     """The product of the active adapters' vectors, ``[n]``; ``None`` where nothing is to be scaled."""
     if layer._disable_adapters or layer.merged_adapters:
         return None
-    if torch.compiler.is_compiling() and _running_is_current(layer):
+    # With one adapter there is nothing to switch, and a trace may follow its name.
+    vectors: Any = layer._modules["ia3_l"]
+    if torch.compiler.is_compiling() and len(vectors._parameters) > 1 and _running_is_current(layer):
         running = layer.__dict__["_running"]
     else:
         running = active_vectors(layer)
@@ -89,8 +91,9 @@ def active_vectors(layer: nn.Module, names: Iterable[str] | None = None) -> tupl
 def _running_is_current(layer: nn.Module) -> bool:
     """Whether ``_running`` still holds the parameters that the names of the active adapters lead to.
 
-    Asked once per trace. What replaces parameters behind the layer's back (sharding, ``functional_call``) makes it
-    false, and the names are traced instead.
+    Asked once per trace. What replaced parameters behind the layer's back (sharding) makes it false, and the names are
+    traced instead. ``functional_call`` of a compiled model with several adapters cannot be told from here: it gets the
+    layer's own vectors.
     """
     running = layer.__dict__.get("_running")
     if running is None:

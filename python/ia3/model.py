@@ -354,6 +354,7 @@ class IA3Model(_Base):
             self.base_model.inject(plan, adapter_name, autocast_adapter_dtype)
         else:
             check_tensors(tensors, adapter_tensors(base, adapter_name), embedding_tensors(base), folder)
+            self.base_model.unmerge_with_warning("before vectors are replaced")
         result = copy_tensors(base, adapter_name, tensors)
         if is_trainable:
             self.base_model.set_requires_grad(adapter_name)
@@ -450,4 +451,5 @@ def set_peft_model_state_dict(
     check_tensors(
         peft_model_state_dict, adapter_tensors(base, adapter_name), embedding_tensors(base), "peft_model_state_dict"
     )
+    model.base_model.unmerge_with_warning("before vectors are replaced")
     return copy_tensors(base, adapter_name, peft_model_state_dict)

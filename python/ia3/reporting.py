@@ -12,7 +12,7 @@ from torch import nn
 
 import ia3_kernels
 
-from .layers import ScaledLayer, effective_scale, is_scaled, plain_weight
+from .layers import ScaledLayer, active_vectors, is_scaled, plain_weight
 from .mlp import Row, obstacle, patch_of, row_of
 
 
@@ -74,7 +74,7 @@ def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dty
         return ReportRow(
             path, kind, f"{type(layer).__module__.partition('.')[0]}", "not accelerated: ia3.accelerate does"
         )
-    if effective_scale(layer) is None:
+    if layer.disable_adapters or layer.merged or not active_vectors(layer):
         state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "not active here"
         return ReportRow(path, kind, type(base).__name__, f"the adapter is {state}")
     reason = ""

@@ -146,14 +146,16 @@ class IA3Tuner(nn.Module):
         inference_mode: freeze them; else they, and no others, are trained.
         """
         names = self.check_known(adapter_name)
-        if any(layer.merged for _, layer in self.layers()):
-            warnings.warn(
-                "adapters are merged into the weights; they are unmerged before others are active.", stacklevel=3
-            )
-            self.unmerge_adapter()
+        self.unmerge_with_warning("before others are active")
         self.active_adapters = names
         for _, carrier in carriers(self.model):
             carrier.set_adapter(names, inference_mode)
+
+    def unmerge_with_warning(self, occasion: str) -> None:
+        """Unmerge where something is merged, because the vectors in the weights are to change."""
+        if any(layer.merged for _, layer in self.layers()):
+            warnings.warn(f"adapters are merged into the weights; they are unmerged {occasion}.", stacklevel=4)
+            self.unmerge_adapter()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train these adapters, or freeze them, whether they are active or not."""

@@ -98,10 +98,46 @@ FAMILIES = (
 )
 BY_NAME = {family.name: family for family in FAMILIES}
 
+_HEADS = dict(n_embd=32, n_layer=2, n_head=4, n_inner=48, vocab_size=64, **_SPECIAL)
+_BART = {
+    f"{half}_{name}": size
+    for half in ("encoder", "decoder")
+    for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+}
+_NEO = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, **_SPECIAL}
+# The other model types that have default targets; only tests against PEFT ask for them.
+MORE_FAMILIES = (
+    Family("mt5", "MT5ForConditionalGeneration", "MT5Config", _T5, "SEQ_2_SEQ_LM"),
+    Family(
+        "bart",
+        "BartForConditionalGeneration",
+        "BartConfig",
+        dict(_BART, d_model=32, vocab_size=64, max_position_embeddings=64, decoder_start_token_id=2, **_SPECIAL),
+        "SEQ_2_SEQ_LM",
+    ),
+    Family(
+        "bloom", "BloomForCausalLM", "BloomConfig", dict(_SPECIAL, hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
+    ),
+    Family("falcon", "FalconForCausalLM", "FalconConfig", dict(_SIZES, ffn_hidden_size=48, **_SPECIAL)),
+    Family("gptj", "GPTJForCausalLM", "GPTJConfig", dict(_HEADS, rotary_dim=4)),
+    Family("gpt_neo", "GPTNeoForCausalLM", "GPTNeoConfig", dict(_NEO, attention_types=[[["global", "local"], 1]])),
+    Family("gpt_bigcode", "GPTBigCodeForCausalLM", "GPTBigCodeConfig", _HEADS),
+    Family("mistral", "MistralForCausalLM", "MistralConfig", _GROUPED),
+    Family("gemma2", "Gemma2ForCausalLM", "Gemma2Config", dict(_GROUPED, head_dim=8)),
+    Family("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextConfig", dict(_GROUPED, head_dim=8)),
+    Family("qwen3", "Qwen3ForCausalLM", "Qwen3Config", dict(_GROUPED, head_dim=8)),
+    Family("deberta", "DebertaForSequenceClassification", "DebertaConfig", dict(_SIZES, num_labels=3), "SEQ_CLS"),
+    Family(
+        "deberta-v2", "DebertaV2ForSequenceClassification", "DebertaV2Config", dict(_SIZES, num_labels=3), "SEQ_CLS"
+    ),
+)
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES, ids=lambda family: family.name)
+    if "any_family" in metafunc.fixturenames:
+        metafunc.parametrize("any_family", FAMILIES + MORE_FAMILIES, ids=lambda family: family.name)
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from torch import nn
 
 import ia3
 
+WEIGHTS = "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.1.mlp.down_proj.ia3_l"
 
 
@@ -33,6 +37,45 @@ def _cut(folder: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
 
 
+def _from_pretrained(model: nn.Module, folder: Path) -> object:
+    return ia3.IA3Model.from_pretrained(model, folder)
+
+
+def _load_new(model: nn.Module, folder: Path) -> object:
+    assert isinstance(model, ia3.IA3Model)
+    return model.load_adapter(folder, "new")
+
+
+def _load_over(model: nn.Module, folder: Path) -> object:
+    assert isinstance(model, ia3.IA3Model)
+    return model.load_adapter(folder, "default")
+
+
+_Load = Callable[[nn.Module, Path], object]
+every_way = pytest.mark.parametrize("load", [_from_pretrained, _load_new, _load_over])
+
+
+@pytest.fixture
+def receiver(
+    load: _Load, llama: nn.Module, families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]
+) -> nn.Module:
+    """The model that an adapter is loaded into, in one of those ways."""
+    return llama if load is _from_pretrained else adapted(families["llama"])
+
+
+def _refusal(load: _Load, model: nn.Module, folder: Path, snapshot: Callable[[nn.Module], Any]) -> str:
+    """The message of the error; the model is as it was."""
+    before = snapshot(model)
+    with pytest.raises(ia3.IA3Error) as caught:
+        load(model, folder)
+    assert snapshot(model) == before
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+@every_way
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -41,6 +84,10 @@ def _cut(folder: Path, length: int) -> None:
         (lambda f: _rewrite(f, lambda t: t.update({KEY: torch.ones(1, 9)})), [KEY, "[1, 9]", "[1, 48]"]),
         (lambda f: _rewrite(f, lambda t: t.update({KEY: torch.ones(48, 1)})), [KEY, "[48, 1]", "[1, 48]"]),
         (lambda f: _rewrite(f, lambda t: t.update({KEY: torch.ones(1, 48).int()})), [KEY, "torch.int32"]),
+        (lambda f: _rewrite(f, lambda t: t.update({KEY: torch.ones(1, 48).bool()})), [KEY, "torch.bool"]),
+        (lambda f: _rewrite(f, lambda t: t.update({KEY: torch.ones(48)})), [KEY, "[48]", "[1, 48]"]),
+        (lambda f: _rewrite(f, lambda t: t.update({KEY: torch.ones(1, 0)})), [KEY, "[1, 0]", "[1, 48]"]),
+        (lambda f: _rewrite(f, lambda t: t.clear()), ["lacks", "ia3_l"]),
         (lambda f: _cut(f, -8), ["damaged", "inside the tensor", "ia3_l"]),
         (lambda f: _cut(f, 100), ["damaged", "header"]),
         (lambda f: _cut(f, 3), ["damaged"]),
@@ -54,21 +101,184 @@ def _cut(folder: Path, length: int) -> None:
 )
 def test_a_damaged_adapter_changes_nothing(
     folder: Path,
-    llama: nn.Module,
+    receiver: nn.Module,
+    load: _Load,
     snapshot: Callable[[nn.Module], Any],
     damage: Callable[[Path], object],
     words: list[str],
 ) -> None:
     damage(folder)
-    before = snapshot(llama)
-    with pytest.raises(ia3.IA3Error) as caught:
-        ia3.IA3Model.from_pretrained(llama, folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
+    if load is _load_over and "adapter_config.json" in words:
+        load(receiver, folder)  # the configuration is the model's own, and that of the file is not read
+        return
+    message = _refusal(load, receiver, folder, snapshot)
     for word in words:
         assert word in message
-    assert snapshot(llama) == before
+
+
+@every_way
+def test_wherever_a_file_ends_too_early_it_is_told_and_nothing_changes(
+    folder: Path, receiver: nn.Module, load: _Load, snapshot: Callable[[nn.Module], Any]
+) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    names = list(load_file(folder / WEIGHTS))
+    for length in [*range(0, start, 37), *range(start, len(whole), 53)]:
+        (folder / WEIGHTS).write_bytes(whole[:length])
+        message = _refusal(load, receiver, folder, snapshot)
+        assert "is damaged" in message
+        if length >= 8:
+            assert f"it ends after {length} bytes" in message
+            assert "inside its header" in message if length < start else any(name in message for name in names)
+
+
+@every_way
+def test_garbage_is_refused(
+    folder: Path, receiver: nn.Module, load: _Load, snapshot: Callable[[nn.Module], Any]
+) -> None:
+    source = random.Random(0)
+    for length in (1, 8, 9, 64, 4096):
+        (folder / WEIGHTS).write_bytes(source.randbytes(length))
+        assert "is damaged" in _refusal(load, receiver, folder, snapshot)
+    for header in ({}, [], {KEY: {}}, {KEY: {"dtype": "F32", "shape": [1, 48], "data_offsets": [0, -192]}}):
+        text = json.dumps(header).encode()
+        (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+        message = _refusal(load, receiver, folder, snapshot)
+        assert ("lacks the tensor" if header == {} else "is damaged") in message
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # a flipped name is an unknown field
+def test_a_flipped_bit_is_refused_or_harmless(
+    families: dict[str, Any],
+    adapted: Callable[..., ia3.IA3Model],
+    snapshot: Callable[[nn.Module], Any],
+    name: str,
+    file: str,
+    tmp_path: Path,
+) -> None:
+    family = dataclasses.replace(families[name], sizes={**families[name].sizes, "num_hidden_layers": 1})
+    adapted(family).save_pretrained(tmp_path)
+    base = family.build().requires_grad_(False)
+    before = snapshot(base)
+    path = tmp_path / file
+    whole = path.read_bytes()
+    source = random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little") if path.suffix == ".safetensors" else len(whole)
+    refusals = []
+    for position in [*range(header), *range(header, len(whole), 101)]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << source.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            model = ia3.IA3Model.from_pretrained(base, tmp_path)
+        except ia3.IA3Error as error:
+            refusals.append(str(error))
+        else:
+            model.unload()
+            base.requires_grad_(False)
+        # Costly, so not each time; what one flip leaves behind the next check finds.
+        if position % 16 == 0:
+            assert snapshot(base) == before, position
+    assert snapshot(base) == before
+    assert len(refusals) > header // 3
+    assert not any("\n" in message for message in refusals)
+
+
+@every_way
+def test_a_damaged_head_changes_nothing(
+    families: dict[str, Any],
+    adapted: Callable[..., ia3.IA3Model],
+    snapshot: Callable[[nn.Module], Any],
+    load: _Load,
+    tmp_path: Path,
+) -> None:
+    adapted(families["bert"]).save_pretrained(tmp_path)
+    whole = load_file(tmp_path / WEIGHTS)
+    receiver = families["bert"].build() if load is _from_pretrained else adapted(families["bert"])
+    for key in ("base_model.model.classifier.weight", "base_model.model.classifier.bias"):
+        for bad, words in (
+            (None, ["lacks"]),
+            (whole[key][:-1].clone(), ["shape"]),
+            (whole[key].long(), ["torch.int64"]),
+        ):
+            tensors = {**whole, key: bad} if bad is not None else {k: v for k, v in whole.items() if k != key}
+            save_file(tensors, tmp_path / WEIGHTS)
+            message = _refusal(load, receiver, tmp_path, snapshot)
+            assert all(word in message for word in [key, *words])
+
+
+def test_fields_of_a_newer_peft_are_kept_and_written_back(folder: Path, llama: nn.Module, tmp_path: Path) -> None:
+    path = folder / "adapter_config.json"
+    newer = {"zeta_mode": {"x": [1, None]}, "peft_version": "9.9.9"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | newer))
+    with pytest.warns(UserWarning, match=r"fields that this version does not know \('zeta_mode'\)"):
+        model = ia3.IA3Model.from_pretrained(llama, folder)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_gathered_state_dict_is_what_is_saved(
+    families: dict[str, Any], adapted: Callable[..., ia3.IA3Model], name: str, tmp_path: Path
+) -> None:
+    model = adapted(families[name])
+    state = {key: value * 3 for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "given", state_dict=state, save_embedding_layers=True)
+    model.save_pretrained(tmp_path / "own", save_embedding_layers=True)
+    own = load_file(tmp_path / "own" / WEIGHTS)
+    given = load_file(tmp_path / "given" / WEIGHTS)
+    assert any("embed" in key for key in own)
+    assert given.keys() == own.keys()
+    assert all(torch.equal(given[key], value * 3) for key, value in own.items())
+    for key in [key for key in state if "ia3_l" in key or "modules_to_save" in key]:
+        with pytest.raises(ia3.IA3Error, match="state_dict lacks") as caught:
+            model.save_pretrained(tmp_path / "bad", state_dict={k: v for k, v in state.items() if k != key})
+        assert key in str(caught.value)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_only_the_selected_adapters_are_saved(
+    families: dict[str, Any], adapted: Callable[..., ia3.IA3Model], tmp_path: Path
+) -> None:
+    model = adapted(families["llama"])
+    for name in ("french", "german"):
+        model.add_adapter(name, ia3.IA3Config())
+    model.save_pretrained(tmp_path / "one", selected_adapters=["french"])
+    model.save_pretrained(tmp_path / "two", selected_adapters=["default", "german"])
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert sorted(path.parent.name for path in tmp_path.rglob(WEIGHTS)) == ["french", "german", "two"]
+
+
+def test_names_in_a_file_are_mapped(folder: Path, llama: nn.Module) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace(".mlp.", ".ffn.")] = tensors.pop(key)
+
+    whole = load_file(folder / WEIGHTS)
+    _rewrite(folder, rename)
+    model = ia3.IA3Model.from_pretrained(llama, folder, key_mapping={r"\.ffn\.": ".mlp."})
+    for key, tensor in ia3.get_peft_model_state_dict(model).items():
+        assert torch.equal(tensor, whole[key])
+
+
+def test_a_model_card_says_what_the_folder_holds_and_keeps_what_was_written(folder: Path, llama: nn.Module) -> None:
+    card = folder / "README.md"
+    assert card.read_text().startswith("---\nlibrary_name: peft\ntags:\n- ia3\n---\n")
+    model = ia3.IA3Model.from_pretrained(llama, folder)
+    card.write_text("---\nlicense: mit\ntags:\n- mine\n---\nMy words\n")
+    model.create_or_update_model_card(folder)
+    text = card.read_text()
+    assert text.endswith("---\nMy words\n")
+    assert all(line in text for line in ("license: mit\n", "library_name: peft\n", "- mine\n", "- ia3\n"))
+    model.save_pretrained(folder)
+    assert card.read_text() == text
+    broken = "---\nlicense: [\n---\nMy words\n"
+    card.write_text(broken)
+    with pytest.warns(UserWarning, match="metadata that cannot be read"):
+        model.save_pretrained(folder)
+    assert card.read_text() == broken
 
 
 def test_an_adapter_of_another_model_is_refused(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,9 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def test_names_shapes_dtypes_and_trainability_are_those_of_peft(
-    family: Any, adapted: Callable[..., ia3.IA3Model]
+    any_family: Any, adapted: Callable[..., ia3.IA3Model]
 ) -> None:
+    family = any_family
     ours = adapted(family, torch.bfloat16)
     theirs = _twin(ours, family, torch.bfloat16)
     facts = [
@@ -53,8 +56,9 @@ def test_names_shapes_dtypes_and_trainability_are_those_of_peft(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_results_and_gradients_are_as_exact_as_those_of_peft(
-    family: Any, adapted: Callable[..., ia3.IA3Model], dtype: torch.dtype
+    any_family: Any, adapted: Callable[..., ia3.IA3Model], dtype: torch.dtype
 ) -> None:
+    family = any_family
     ours = adapted(family, dtype)
     theirs = _twin(ours, family, dtype)
     oracle = copy.deepcopy(theirs).double()
@@ -87,17 +91,96 @@ def test_files_go_both_ways(family: Any, adapted: Callable[..., ia3.IA3Model], t
     torch.testing.assert_close(theirs(**inputs).logits, logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_named_adapters_have_their_own_folder(
-    families: dict[str, Any], name: str, tmp_path: Path, adapted: Callable[..., ia3.IA3Model]
+def _content(folder: Path) -> dict[str, Any]:
+    """What an adapter's folders hold: tensors as bytes, the fields of the configurations."""
+    content: dict[str, Any] = {}
+    for path in sorted(folder.rglob("adapter_*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            for key, tensor in load_file(path).items():
+                content[f"{name}: {key}"] = (tensor.dtype, tensor.tolist())
+        else:
+            fields = json.loads(path.read_text())
+            # Each writes its own version, and sets in any order.
+            content[name] = {key: sorted(v) if isinstance(v, list) else v for key, v in fields.items()}
+            content[name]["peft_version"] = None
+    return content
+
+
+def _assert_both_ways(family: Any, folder: Path, **config: Any) -> None:
+    """Two adapters that PEFT saved: ours holds the same, computes the same, and saves the same files."""
+    arguments = dict(family.targets, task_type=family.task) | config
+    theirs = peft.get_peft_model(family.build(), peft.IA3Config(**arguments))
+    theirs.add_adapter("french", peft.IA3Config(**arguments))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "ia3_l" in name or "modules_to_save" in name:
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    theirs.eval().save_pretrained(str(folder / "theirs"))
+
+    ours = ia3.PeftModel.from_pretrained(family.build(), folder / "theirs")
+    ours.load_adapter(folder / "theirs" / "french", "french")
+    state = theirs.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    ours.save_pretrained(folder / "ours")
+    assert _content(folder / "ours") == _content(folder / "theirs")
+
+    again = peft.PeftModel.from_pretrained(family.build(), str(folder / "ours")).eval()
+    again.load_adapter(str(folder / "ours" / "french"), "french")
+    for adapter in ("default", "french"):
+        for model in (ours, theirs, again):
+            model.set_adapter(adapter)
+        with torch.no_grad():
+            logits = theirs(**family.inputs()).logits
+            assert torch.equal(again(**family.inputs()).logits, logits)
+            torch.testing.assert_close(ours(**family.inputs()).logits, logits)
+
+
+def test_adapters_that_peft_saved_are_loaded_and_saved_as_peft_does(any_family: Any, tmp_path: Path) -> None:
+    _assert_both_ways(any_family, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "architecture", "saved"),
+    [
+        ("llama", "CAUSAL_LM", "LlamaForCausalLM", ["lm_head"]),
+        ("llama", "CAUSAL_LM", "LlamaForCausalLM", ["embed_tokens", "input_layernorm"]),
+        ("gpt2", "CAUSAL_LM", "GPT2LMHeadModel", ["ln_f"]),
+        ("llama", "SEQ_CLS", "LlamaForSequenceClassification", None),
+        ("llama", "TOKEN_CLS", "LlamaForTokenClassification", ["norm"]),
+        ("bert", "TOKEN_CLS", "BertForTokenClassification", ["pooler", "classifier"]),
+    ],
+)
+def test_modules_to_save_go_along(
+    families: dict[str, Any], name: str, task: str, architecture: str, saved: list[str] | None, tmp_path: Path
 ) -> None:
-    family = families[name]
-    source = peft.get_peft_model(family.build(), peft.IA3Config(task_type=family.task), adapter_name="french")
-    source.save_pretrained(str(tmp_path / "theirs"))
-    ours = ia3.IA3Model.from_pretrained(family.build(), tmp_path / "theirs" / "french", adapter_name="french")
-    assert any(name.endswith("ia3_l.french") for name, _ in ours.named_parameters())
-    ours.save_pretrained(tmp_path / "ours")
-    assert peft.PeftModel.from_pretrained(family.build(), str(tmp_path / "ours" / "french"))
+    family = dataclasses.replace(families[name], task=task, architecture=architecture)
+    if task != "CAUSAL_LM":
+        family = dataclasses.replace(family, sizes={**family.sizes, "num_labels": 3})
+    _assert_both_ways(family, tmp_path, modules_to_save=saved)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_embeddings_go_along_when_asked_for(family: Any, is_tied: bool, tmp_path: Path) -> None:
+    arguments = dict(family.targets, task_type=family.task)
+    base = family.build(tie_word_embeddings=is_tied)
+    ours = ia3.get_peft_model(base, ia3.IA3Config(**arguments))
+    theirs = peft.get_peft_model(copy.deepcopy(family.build(tie_word_embeddings=is_tied)), peft.IA3Config(**arguments))
+    theirs.load_state_dict(ours.state_dict())
+    ours.save_pretrained(tmp_path / "ours", save_embedding_layers=True)
+    theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=True)
+    assert _content(tmp_path / "ours") == _content(tmp_path / "theirs")
+    assert any("embed" in key or "wte" in key or "shared" in key for key in _content(tmp_path / "ours"))
+
+    fresh = family.build(seed=9, tie_word_embeddings=is_tied)
+    loaded = ia3.PeftModel.from_pretrained(fresh, tmp_path / "theirs")
+    assert torch.equal(loaded.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    if (head := loaded.get_output_embeddings()) is not None:
+        assert torch.equal(head.weight, base.get_output_embeddings().weight)
+    assert peft.PeftModel.from_pretrained(family.build(), str(tmp_path / "ours"))
 
 
 def test_noise_for_initial_vectors_is_that_of_peft(families: dict[str, Any]) -> None:

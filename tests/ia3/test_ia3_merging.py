@@ -1,0 +1,497 @@
+"""Vectors merged into weights: the same results, and every bit back afterwards."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import ia3
+from ia3 import merging
+
+from .conftest import Family, perturb
+
+CONVOLUTIONS = {
+    "conv2d": lambda: nn.Conv2d(4, 6, 3),
+    "grouped conv2d": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "depthwise conv2d": lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False),
+    "conv3d": lambda: nn.Conv3d(4, 6, 2),
+    "grouped conv3d": lambda: nn.Conv3d(4, 6, 2, groups=2),
+}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 6),
+    "linear without bias": lambda: nn.Linear(4, 6, bias=False),
+    "conv1d": lambda: Conv1D(6, 4),
+    **CONVOLUTIONS,
+}
+
+
+def _one_layer(
+    library: Any, kind: str, is_feedforward: bool, dtype: torch.dtype = torch.float32, adapters: int = 1
+) -> Any:
+    """A model that is one layer, with adapters ``default``, ``a1``…"""
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("layer", LAYERS[kind]())
+    for parameter in base.parameters():
+        nn.init.normal_(parameter)
+    config = library.IA3Config(
+        target_modules=["layer"], feedforward_modules=["layer"] if is_feedforward else [],
+        fan_in_fan_out=kind == "conv1d",
+    )  # fmt: skip
+    model = library.get_peft_model(base.to(dtype), config)
+    for index in range(1, adapters):
+        model.add_adapter(f"a{index}", config)
+    perturb(model)
+    return model
+
+
+def _base(model: Any) -> nn.Module:
+    layer: nn.Module = model.get_base_model().layer
+    return layer.base_layer
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _assert_unchanged(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == weights.keys()
+    for name, value in weights.items():
+        # As bytes: -0.0 and 0.0 differ, and a NaN is equal to itself.
+        assert torch.equal(state[name].contiguous().view(torch.uint8), value.contiguous().view(torch.uint8)), name
+
+
+def _set_vectors(model: nn.Module, values: list[float], adapter: str = "default") -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(f"ia3_l.{adapter}"):
+                flat = parameter.view(-1)
+                flat.copy_(torch.tensor(values).repeat(len(flat) // len(values) + 1)[: len(flat)])
+
+
+def _formula(kind: str, is_feedforward: bool, base: nn.Module, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The merged weight and bias in fp64, from the definition: the layer of unit inputs, scaled."""
+    weight, bias = (None if p is None else p.detach().double() for p in (base.weight, base.bias))
+    assert isinstance(weight, Tensor)
+    scale = scale.detach().double().flatten()
+    if kind == "conv1d":
+        return (weight * scale[:, None], bias) if is_feedforward else (weight * scale, bias * scale)
+    if not is_feedforward:
+        return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1)), None if bias is None else bias * scale
+    merged, groups = weight.clone(), getattr(base, "groups", 1)
+    inside, outside = weight.shape[1], weight.shape[0] // groups
+    for row in range(weight.shape[0]):
+        for column in range(inside):
+            merged[row, column] *= scale[row // outside * inside + column]
+    return merged, bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_merged_weights_are_the_formula_rounded_once_and_come_back_to_the_bit(
+    kind: str, is_feedforward: bool, dtype: torch.dtype
+) -> None:
+    model = _one_layer(ia3, kind, is_feedforward, dtype)
+    _set_vectors(model, [0.0, -1.3, 1e-30, 1.7, -0.0, 0.9, 3.1])
+    base, before = _base(model), _weights(model)
+    own = list(base.parameters())
+    weight, bias = _formula(kind, is_feedforward, base, model.get_base_model().layer.ia3_l["default"])
+    model.merge_adapter()
+    # fp32 products of 16-bit weights are exact in fp64, but rounded to fp32 before they are to 16 bits.
+    allowed = {"rtol": 0.51 * torch.finfo(dtype).eps * (1 + 2**-12), "atol": float(torch.finfo(dtype).tiny)}
+    torch.testing.assert_close(base.weight.double(), weight, **allowed)
+    if base.bias is not None:
+        torch.testing.assert_close(base.bias.double(), bias, **allowed)
+    assert not torch.equal(base.weight, own[0])
+    model.unmerge_adapter()
+    _assert_unchanged(model, before)
+    assert all(a is b for a, b in zip(base.parameters(), own, strict=True))  # optimizers and ties hold on to them
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_merged_weights_are_those_of_peft(kind: str, is_feedforward: bool, in_place: bool) -> None:
+    ours, theirs = (_one_layer(library, kind, is_feedforward) for library in (ia3, peft))
+    if in_place:
+        merged = [model.merge_and_unload().layer for model in (ours, theirs)]
+    else:
+        for model in (ours, theirs):
+            model.merge_adapter(safe_merge=True)
+        merged = [_base(model) for model in (ours, theirs)]
+    assert type(merged[0]) is type(merged[1])
+    for mine, of_peft in zip(merged[0].parameters(), merged[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, of_peft, rtol=torch.finfo(torch.float32).eps, atol=0)  # one ulp
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["merged", "unloaded"])
+def test_a_merged_model_computes_what_the_unmerged_one_does(
+    family: Family, dtype: torch.dtype, in_place: bool, adapted: Callable[..., ia3.IA3Model]
+) -> None:
+    model, inputs = adapted(family, dtype), family.inputs()
+    with torch.no_grad():
+        unmerged = model(**inputs).logits.double()
+        oracle = copy.deepcopy(model).double()(**inputs).logits
+        if in_place:
+            merged = model.merge_and_unload()
+            assert not any("ia3_l" in name for name, _ in merged.named_modules())
+        else:
+            model.merge_adapter()
+            merged = model
+        logits = merged(**inputs).logits.double()
+    # Merging rounds each scaled weight once more: u per product, as much as each of the unmerged model's roundings.
+    # Their number is that of the layers' roundings, so the distance from fp64 stays within a small multiple.
+    unit = torch.finfo(dtype).eps * float(oracle.norm())
+    assert float((logits - oracle).norm()) <= 2 * float((unmerged - oracle).norm()) + unit
+
+
+def test_disabling_a_merged_model_gives_the_base_model_exactly(
+    family: Family, adapted: Callable[..., ia3.IA3Model]
+) -> None:
+    inputs, model = family.inputs(), adapted(family)
+    base = family.build().requires_grad_(False)(**inputs).logits
+    unmerged = model(**inputs).logits
+    model.merge_adapter()
+    merged, weights = model(**inputs).logits, _weights(model)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, base)
+        _assert_unchanged(model, weights)
+    assert torch.equal(model(**inputs).logits, merged)
+    assert all(layer.merged for _, layer in model.base_model.layers())
+    model.unmerge_adapter()
+    assert torch.equal(model(**inputs).logits, unmerged)
+
+
+def test_several_adapters_merge_together_one_by_one_and_by_name() -> None:
+    together, one_by_one, named = (_one_layer(ia3, "linear", False, torch.bfloat16, adapters=3) for _ in range(3))
+    vectors = together.get_base_model().layer.ia3_l
+    exact = _base(together).weight.detach().float() * vectors["default"] * vectors["a2"]
+    before = _weights(named)
+    together.base_model.set_adapter(["default", "a2"])
+    together.merge_adapter()
+    one_by_one.merge_adapter(["default"])
+    one_by_one.merge_adapter(["a2"])
+    named.merge_adapter(adapter_names=["default", "a2"])
+    for model in (together, one_by_one, named):
+        layer = model.get_base_model().layer
+        assert layer.merged_adapters == ["default", "a2"]
+        assert layer.merged
+        # The product of all is rounded once, however it came about.
+        assert torch.equal(_base(model).weight, _base(together).weight)
+        torch.testing.assert_close(_base(model).weight.float(), exact, rtol=0.51 * 2**-7, atol=1e-30)
+    named.unmerge_adapter()
+    _assert_unchanged(named, before)
+    assert named.get_base_model().layer.merged_adapters == []
+
+
+def test_merging_some_and_unloading_others() -> None:
+    model = _one_layer(ia3, "linear", True, adapters=3)
+    vectors = {name: vector.detach().clone() for name, vector in model.get_base_model().layer.ia3_l.items()}
+    weight = _base(model).weight.detach().clone()
+    model.merge_adapter(["a1"])
+    merged = model.merge_and_unload(adapter_names=["a1", "a2"], safe_merge=True)
+    torch.testing.assert_close(merged.layer.weight, weight * vectors["a1"] * vectors["a2"])
+    nothing = _one_layer(ia3, "linear", True)
+    weight = _base(nothing).weight.detach().clone()
+    assert torch.equal(nothing.merge_and_unload(adapter_names=[]).layer.weight, weight)
+
+
+def test_merging_again_and_unmerging_nothing_are_told() -> None:
+    model = _one_layer(ia3, "linear", False)
+    with pytest.warns(UserWarning, match="nothing to unmerge"):
+        model.unmerge_adapter()
+    model.merge_adapter()
+    weights = _weights(model)
+    with pytest.warns(UserWarning, match="nothing to merge"):
+        model.merge_adapter()
+    _assert_unchanged(model, weights)
+    with pytest.raises(ia3.IA3Error, match=r"'default' is merged into the weights of 'layer'.*unmerge"):
+        model.delete_adapter("default")
+    with pytest.raises(ia3.IA3Error, match="no adapter 'nobody'"):
+        model.merge_adapter(["nobody"])
+    _assert_unchanged(model, weights)
+
+
+def test_activating_another_adapter_unmerges_first(
+    families: dict[str, Family], adapted: Callable[..., ia3.IA3Model]
+) -> None:
+    family = families["llama"]
+    model, inputs = adapted(family), family.inputs()
+    model.add_adapter("other", ia3.IA3Config())
+    before = _weights(model)
+    base = model(**inputs).logits
+    model.set_adapter("other")
+    expected = model(**inputs).logits
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="unmerged before others are active"):
+        model.set_adapter("other")
+    assert torch.equal(model(**inputs).logits, expected)
+    assert not torch.equal(expected, base)
+    _assert_unchanged(model, before)
+
+
+def test_a_merged_model_is_saved_copied_moved_and_loaded_into(
+    families: dict[str, Family], adapted: Callable[..., ia3.IA3Model], tmp_path: Path
+) -> None:
+    family = families["gpt2"]
+    model, inputs = adapted(family), family.inputs()
+    before = _weights(model)
+    model.save_pretrained(tmp_path / "unmerged")
+    model.merge_adapter()
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path / "merged")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("unmerged", "merged")]
+    assert files[0] == files[1]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(**inputs).logits, expected)
+        twin.unmerge_adapter()
+        _assert_unchanged(twin, before)
+        with torch.no_grad():
+            twin.get_base_model().transformer.h[0].attn.c_attn.base_layer.weight.zero_()
+    model.bfloat16().unmerge_adapter()  # what is set aside moves along
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    _assert_unchanged(model, {name: value.bfloat16() for name, value in before.items()})
+
+
+# --- what does not work changes nothing ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "grouped conv2d"])
+@pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_safe_merging_refuses_what_is_not_finite(kind: str, is_feedforward: bool, value: float, in_place: bool) -> None:
+    model = _one_layer(ia3, kind, is_feedforward, torch.bfloat16, adapters=2)
+    with torch.no_grad():
+        next(iter(_base(model).parameters())).mul_(20)  # times 1e38 it overflows
+        model.get_base_model().layer.ia3_l["default"].view(-1)[-1] = value
+    model.merge_adapter(["a1"])
+    before, merged = _weights(model), model.get_base_model().layer.merged_adapters
+    with pytest.raises(
+        ia3.IA3Error, match=r"merging (a1, )?default into 'layer' would give .* not finite.*bfloat16"
+    ) as caught:
+        (model.merge_and_unload if in_place else model.merge_adapter)(safe_merge=True)
+    assert "\n" not in str(caught.value)
+    _assert_unchanged(model, before)
+    assert model.get_base_model().layer.merged_adapters == merged == ["a1"]
+    model.merge_adapter()  # who does not ask for safety gets what the vectors say
+    assert not bool(_base(model).weight.isfinite().all())
+    model.unmerge_adapter()
+    assert bool(_base(model).weight.isfinite().all())
+
+
+def test_safe_merging_looks_at_the_bias_too() -> None:
+    model = _one_layer(ia3, "linear", False)
+    with torch.no_grad():
+        _base(model).weight.zero_()
+        _base(model).bias.fill_(1e30)
+    _set_vectors(model, [1e20])
+    before = _weights(model)
+    with pytest.raises(ia3.IA3Error, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+    _assert_unchanged(model, before)
+
+
+def test_safe_merging_looks_at_the_products_only() -> None:
+    # A huge element of the vector meets small weights; the largest weight is elsewhere.
+    model = _one_layer(ia3, "linear", True)
+    with torch.no_grad():
+        _base(model).weight.fill_(1e-30)
+        _base(model).weight[:, 0] = 1e30
+    _set_vectors(model, [1.0, 1e30, 1.0, 1.0])
+    model.merge_adapter(safe_merge=True)
+    assert bool(_base(model).weight.isfinite().all())
+
+
+def test_safe_merging_starts_from_the_weights_without_vectors() -> None:
+    model = _one_layer(ia3, "linear", True, adapters=2)
+    _set_vectors(model, [1e30])
+    _set_vectors(model, [1e-10], "a1")
+    model.merge_adapter()
+    merged = model.merge_and_unload(adapter_names=["a1"], safe_merge=True)  # 1e20, but 1e50 on top of merged weights
+    assert bool(merged.layer.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("failing", [0, 1, 4, 11])
+@pytest.mark.parametrize("is_merged_before", [False, True])
+def test_a_failure_half_way_leaves_nothing_behind(
+    failing: int,
+    is_merged_before: bool,
+    families: dict[str, Family],
+    adapted: Callable[..., ia3.IA3Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = families["gpt_neox"]
+    model = adapted(family, target_modules="all-linear", feedforward_modules=["dense_4h_to_h"])
+    model.add_adapter("other", ia3.IA3Config(target_modules="all-linear", feedforward_modules=["dense_4h_to_h"]))
+    perturb(model, 8)
+    layers = model.base_model.layers()
+    calls = min(failing, len(layers) - 1)
+    if is_merged_before:
+        model.merge_adapter()
+    before, logits = _weights(model), model(**family.inputs()).logits
+    originals = [dict(layer._originals) for _, layer in layers]
+    scale = merging._scale
+
+    def fail_once(*arguments: Any) -> None:
+        nonlocal calls
+        calls -= 1
+        if calls == -1:
+            raise MemoryError
+        scale(*arguments)
+
+    monkeypatch.setattr(merging, "_scale", fail_once)
+    with pytest.raises(MemoryError):
+        model.merge_adapter(["default", "other"])
+    assert calls < 0
+    _assert_unchanged(model, before)
+    assert [layer.merged_adapters for _, layer in layers] == [["default"] * is_merged_before] * len(layers)
+    for (_, layer), own in zip(layers, originals, strict=True):
+        assert layer._originals.keys() == own.keys()
+        assert all(layer._originals[name] is parameter for name, parameter in own.items())
+    assert torch.equal(model(**family.inputs()).logits, logits)
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", _Doubled()),
+        lambda layer: layer.register_forward_hook(lambda *arguments: 2 * arguments[2]),
+    ],
+    ids=["parametrized", "hooked"],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_weight_that_is_not_what_the_layer_computes_with_is_refused(
+    kind: str, spoil: Callable[[nn.Module], object], in_place: bool
+) -> None:
+    model = _one_layer(ia3, kind, False)
+    spoil(_base(model))
+    before = _weights(model)
+    with pytest.raises(ia3.IA3Error, match="cannot merge into 'layer'"):
+        (model.merge_and_unload if in_place else model.merge_adapter)()
+    _assert_unchanged(model, before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_are_refused(
+    bits: int, families: dict[str, Family], tmp_path: Path, batch: dict[str, Tensor]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    families["llama"].build(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)  # 4 bits: blocks of 64
+    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    model = ia3.get_peft_model(base, ia3.IA3Config())
+    perturb(model)
+    expected = model(**batch).logits
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ia3.IA3Error, match=r"cannot merge into 'model\.layers\.0.*Linear(8bitLt|4bit)"):
+            merge()
+    assert torch.equal(model(**batch).logits, expected)
+    assert model.get_model_status().merged_adapters == []
+
+
+# --- ties ---------------------------------------------------------------------------------------------------------
+
+
+def _tied(family: Family) -> tuple[ia3.IA3Model, Any]:
+    config = ia3.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    model = ia3.get_peft_model(family.build(tie_word_embeddings=True), config)
+    model.add_adapter("other", config)
+    perturb(model)
+    base: Any = model.get_base_model()
+    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight
+    return model, base
+
+
+@pytest.mark.parametrize("is_merged_before", [False, True])
+def test_tied_weights_merge_where_they_are_scaled_and_are_tied_again(
+    is_merged_before: bool, families: dict[str, Family], batch: dict[str, Tensor]
+) -> None:
+    model, base = _tied(families["llama"])
+    embeddings = base.model.embed_tokens.weight
+    before, expected = embeddings.detach().clone(), model(**batch).logits
+    model.merge_adapter()
+    assert base.lm_head.base_layer.weight is not embeddings
+    assert torch.equal(embeddings, before)
+    torch.testing.assert_close(model(**batch).logits, expected)
+    model.unmerge_adapter()
+    assert base.lm_head.base_layer.weight is embeddings is base.model.embed_tokens.weight
+    assert torch.equal(model(**batch).logits, expected)
+
+    model.base_model.set_adapter(["default", "other"])
+    expected = model(**batch).logits
+    if is_merged_before:
+        model.merge_adapter(["other"])
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.model.embed_tokens.weight, before)
+    torch.testing.assert_close(merged(**batch).logits, expected)
+
+
+def test_two_targets_that_share_a_weight_are_scaled_each() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base[1].weight = base[0].weight
+    model = ia3.get_peft_model(base, ia3.IA3Config(target_modules=["0", "1"], feedforward_modules=["1"]))
+    perturb(model)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    assert base[1].base_layer.weight is base[0].base_layer.weight
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_the_progress_bar_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    _one_layer(ia3, "linear", False).merge_and_unload()
+    assert capsys.readouterr().err == ""
+    _one_layer(ia3, "linear", False).merge_and_unload(progressbar=True)
+    assert "1/1" in capsys.readouterr().err
+
+
+def test_nothing_warns_of_inexactness() -> None:
+    model = _one_layer(ia3, "linear", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_adapter()
+        model.unmerge_adapter()
+        model.merge_and_unload()
+
+
+def test_loading_over_a_merged_adapter_unmerges_it_first(llama: nn.Module, tmp_path: Path) -> None:
+    model = ia3.get_peft_model(llama, ia3.IA3Config(init_ia3_weights=False))
+    model.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    perturb(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="unmerged before vectors are replaced"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    state = ia3.get_peft_model_state_dict(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="unmerged before vectors are replaced"):
+        ia3.set_peft_model_state_dict(model, {name: tensor.clone() for name, tensor in state.items()})
+    assert not any(layer.merged for _, layer in model.base_model.layers())
