@@ -94,7 +94,9 @@ def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dty
             reason = f"not fused: {in_the_way}; "
     if isinstance(base, nn.Conv2d | nn.Conv3d):
         return ReportRow(path, kind, "torch", reason + "convolutions are scaled per channel by torch")
-    if plain_weight(base) is None:
+    if hasattr(base.weight, "full_tensor"):
+        op, detail = "scaled_linear", "sharded, whole while its block runs; "
+    elif plain_weight(base) is None:
         op, detail = "scaled_activation", f"{type(base).__name__} computes its own product; "
     else:
         op, detail = "scaled_linear", ""

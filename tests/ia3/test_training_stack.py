@@ -141,7 +141,7 @@ def test_trainer_goes_where_peft_goes(
 def test_gradient_accumulation_is_the_big_batch(families: dict[str, Any], kind: str, tmp_path: Path) -> None:
     def final(who: str, dtype: torch.dtype, steps: int) -> Tensor:
         model = make(who, families["llama"].build().to(dtype)).to(dtype)
-        sizes = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+        sizes: dict[str, Any] = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
         train(model, tmp_path / f"{dtype}{steps}", max_steps=2, **sizes)
         return flat(vectors(model))
 
@@ -318,7 +318,7 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in gradients:
-                parameter -= 100.0 * gradients[name]
+                parameter.sub_(100.0 * gradients[name])
 
 
 @pytest.mark.parametrize("how", COPIES)

@@ -105,7 +105,10 @@ def shard(model: Any, policy: MixedPrecisionPolicy | None = None) -> Any:
 def counting() -> Iterator[dict[str, int]]:
     """How often the fused operators ran."""
     counts = {"gated_activation": 0, "scaled_linear": 0}
-    originals = {"gated_activation": (mlp, mlp.gated_activation), "scaled_linear": (layers, layers.scaled_linear)}
+    originals: dict[str, Any] = {
+        "gated_activation": (mlp, mlp.gated_activation),
+        "scaled_linear": (layers, layers.scaled_linear),
+    }
 
     def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any) -> Tensor:
@@ -153,7 +156,9 @@ def sharded_and_resumed(kind: str, folder: Path) -> dict[str, Any]:
     optimizer = optimizer_of(model)
     train(model, optimizer, range(STEPS - 1))
     options = StateDictOptions(ignore_frozen_params=True)
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+    states: dict[str, Any] = dict(
+        zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True)
+    )
     dcp.save(states, checkpoint_id=checkpoint)
     saved_names = sorted(states["model"])
     whole = train(model, optimizer, range(STEPS - 1, STEPS)), vectors(model)
