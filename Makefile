@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: build test lint demo bench bench-all format clean
+.PHONY: build test lint demo bench bench-all kernels-table gpu-check format clean
 
 # The environment, then the package: built in place, against the torch that is installed.
 $(VENV)/.installed: requirements-dev.txt requirements-demo.txt
@@ -22,8 +22,12 @@ $(READY): $(VENV)/.installed $(NATIVE_INPUTS)
 
 build: $(READY)
 
+# Triton decides when it is imported whether it interprets its kernels, so these run once more, in their own process.
+INTERPRETED := $(patsubst %,tests/ia3_kernels/test_%.py,triton_interpreted operators gradients contract)
+
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -k triton
 
 demo: $(READY)  ## fine-tune a real language model, and compare
 	$(BIN)/python -m bench.demo --output build/demo
@@ -40,6 +44,13 @@ bench: $(READY)  ## operators, with pytest-benchmark
 bench-all: $(READY)  ## every suite behind docs/performance.md; an idle machine and half an hour
 	$(BIN)/python -m bench all --json build/bench.json
 	$(BIN)/python -m bench.report build/bench.json
+
+# With the Python that is there, and nothing installed: ARGS="--part tests --quick" for less.
+gpu-check:  ## proves and measures the kernels on this machine's GPU
+	$(PYTHON) tools/gpu_check.py $(ARGS)
+
+kernels-table: $(READY)  ## compile the Triton kernels for GPUs that are not here; a quarter of an hour on two cores
+	$(BIN)/python -m tools.inspect_kernels --write docs/kernels.md
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from . import records, report
 from .records import Recorder
-from .settings import DTYPES, IMPLEMENTATIONS, Settings
+from .settings import DTYPES, GPU_IMPLEMENTATIONS, IMPLEMENTATIONS, Settings
 from .suites import SUITES
 
 
@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the harness; the times mean nothing")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     parser.add_argument(
-        "--impl", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS, help="of the suites that run a model"
+        "--impl", nargs="+", choices=GPU_IMPLEMENTATIONS, help="of the suites that run a model; default: all that apply"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device cuda was asked for, but torch finds no CUDA device here; leave it out to use the CPU")
     if arguments.json is not None and arguments.json.is_dir():
         parser.error(f"--json {arguments.json} is a folder; expected the name of a file to write")
+    implementations = arguments.impl or (GPU_IMPLEMENTATIONS if arguments.device == "cuda" else IMPLEMENTATIONS)
     settings = Settings(
-        tuple(dict.fromkeys(arguments.dtype)), arguments.quick, tuple(arguments.impl), torch.device(arguments.device)
+        tuple(dict.fromkeys(arguments.dtype)), arguments.quick, tuple(implementations), torch.device(arguments.device)
     )
     recorder = Recorder(settings.device)
     console = Console()

@@ -20,6 +20,8 @@ IMPLEMENTATIONS = (
     "frozen_base",
     "frozen_base+compile",
 )
+# Worth their compilation, or able to run at all, on a GPU only.
+GPU_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "peft+max-autotune", "liger_peft")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Settings:
     quick: bool = False
     implementations: tuple[str, ...] = IMPLEMENTATIONS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run measures a GPU, whose shapes are those of larger models."""
+        return self.device.type == "cuda"
 
     def rounds(self, full: int) -> int:
         """Timed rounds: `full`, or three where only the harness itself is being tried."""

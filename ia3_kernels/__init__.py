@@ -41,7 +41,9 @@ _ops: Any = torch.ops.ia3
 _library = target.native_library()
 # The native library's short cut past the dispatcher; it returns None wherever the dispatcher has work to do (gradients,
 # autocast, modes, subclasses, other devices or dtypes), so that calling it first is always right.
-_direct = _library.direct if isinstance(_library, ModuleType) and target.requested_backend() != "reference" else None
+_direct = (
+    _library.direct if isinstance(_library, ModuleType) and target.requested_backend() in ("auto", "native") else None
+)
 
 
 def scaled_linear(

@@ -19,6 +19,19 @@ from .schemas import LIBRARY, check_scale_weight_
 ops: Any = torch.ops.ia3
 
 
+def _run(op: str, first: Tensor, *args: Any) -> Any:
+    """An operator below autograd. Where nothing listens in between, past the dispatcher, whose ways through Python cost
+    more than a small kernel."""
+    if (
+        type(first) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(first)
+    ):
+        return backends.run(op, first, *args)
+    return getattr(ops, op)(first, *args)
+
+
 class _SecondOrder(torch.autograd.Function):
     """Stands behind first-order gradients that were asked for with ``create_graph=True``, and raises if used."""
 
@@ -80,16 +93,16 @@ class _ScaledLinear(torch.autograd.Function):
         ctx.saved_is_output = False
         y: Tensor
         if output_scale is None or not needs_output_scale:
-            y = ops.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
+            y = _run("scaled_linear", x, weight, bias, input_scale, output_scale, adapter_index)
         elif _output_recovers_product(x, weight, output_scale, adapter_index):
-            y = saved = ops.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
+            y = saved = _run("scaled_linear", x, weight, bias, input_scale, output_scale, adapter_index)
             ctx.saved_is_output = True
         else:
             # z = (x ∘ s_in) Wᵀ + b is kept; y = z ∘ s_out
-            saved = ops.scaled_linear(
-                x, weight, bias, input_scale, None, None if input_scale is None else adapter_index
+            saved = _run(
+                "scaled_linear", x, weight, bias, input_scale, None, None if input_scale is None else adapter_index
             )
-            y = ops.scaled_activation(saved, output_scale, "identity", adapter_index)
+            y = _run("scaled_activation", saved, output_scale, "identity", adapter_index)
         ctx.save_for_backward(
             x if needs_weight or needs_input_scale else None,
             weight if needs_x or needs_input_scale else None,
@@ -110,31 +123,37 @@ class _ScaledLinear(torch.autograd.Function):
 
         # y = z ∘ s_out :  dz = dy ∘ s_out ; ds_out = Σ dy ∘ z
         if needs_output_scale:
-            dz, grad_output_scale = ops.scaled_activation_backward(
-                grad, saved, output_scale, "identity", adapter_index, [needs_product, True]
+            dz, grad_output_scale = _run(
+                "scaled_activation_backward",
+                grad,
+                saved,
+                output_scale,
+                "identity",
+                adapter_index,
+                [needs_product, True],
             )
             if ctx.saved_is_output:
                 # Σ dy ∘ z = (Σ dy ∘ y) / s_out, and no entry of s_out is near zero
                 grad_output_scale = grad_output_scale / output_scale
         elif output_scale is not None and needs_product:
-            dz = ops.scaled_activation(grad, output_scale, "identity", adapter_index)
+            dz = _run("scaled_activation", grad, output_scale, "identity", adapter_index)
         else:
             dz = grad
 
         # z = (x ∘ s_in) Wᵀ + b :  d(x ∘ s_in) = dz W
         if needs_input_scale:
-            product = ops.scaled_linear(dz, weight.t())
-            grad_x, grad_input_scale = ops.scaled_activation_backward(
-                product, x, input_scale, "identity", adapter_index, [needs_x, True]
+            product = _run("scaled_linear", dz, weight.t())
+            grad_x, grad_input_scale = _run(
+                "scaled_activation_backward", product, x, input_scale, "identity", adapter_index, [needs_x, True]
             )
             grad_x = grad_x if needs_x else None
         elif needs_x:
             # The input scale is the output scale of the transposed product: dx = (dz W) ∘ s_in
-            grad_x = ops.scaled_linear(
-                dz, weight.t(), None, None, input_scale, None if input_scale is None else adapter_index
+            grad_x = _run(
+                "scaled_linear", dz, weight.t(), None, None, input_scale, None if input_scale is None else adapter_index
             )
         if needs_weight:
-            rows = x if input_scale is None else ops.scaled_activation(x, input_scale, "identity", adapter_index)
+            rows = x if input_scale is None else _run("scaled_activation", x, input_scale, "identity", adapter_index)
             grad_weight = dz.reshape(-1, dz.shape[-1]).t() @ rows.reshape(-1, rows.shape[-1])
         if needs_bias:
             grad_bias = dz.reshape(-1, dz.shape[-1]).sum(0)
@@ -157,7 +176,7 @@ class _GatedActivation(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(gate, up, scale, adapter_index)
         ctx.activation = activation
-        h: Tensor = ops.gated_activation(gate, up, scale, activation, adapter_index)
+        h: Tensor = _run("gated_activation", gate, up, scale, activation, adapter_index)
         return h
 
     @staticmethod
@@ -165,7 +184,7 @@ class _GatedActivation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate, up, scale, adapter_index = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
-        gradients = ops.gated_activation_backward(grad, gate, up, scale, ctx.activation, adapter_index, mask)
+        gradients = _run("gated_activation_backward", grad, gate, up, scale, ctx.activation, adapter_index, mask)
         return (*(g if wanted else None for g, wanted in zip(gradients, mask, strict=True)), None, None)
 
 
@@ -176,7 +195,7 @@ class _ScaledActivation(torch.autograd.Function):
         keeps_x = activation != "identity" or ctx.needs_input_grad[1]
         ctx.save_for_backward(x if keeps_x else None, scale, adapter_index)
         ctx.activation = activation
-        h: Tensor = ops.scaled_activation(x, scale, activation, adapter_index)
+        h: Tensor = _run("scaled_activation", x, scale, activation, adapter_index)
         return h
 
     @staticmethod
@@ -185,8 +204,8 @@ class _ScaledActivation(torch.autograd.Function):
         x, scale, adapter_index = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:2])
         if x is None:
-            return ops.scaled_activation(grad, scale, "identity", adapter_index), None, None, None
-        gradients = ops.scaled_activation_backward(grad, x, scale, ctx.activation, adapter_index, mask)
+            return _run("scaled_activation", grad, scale, "identity", adapter_index), None, None, None
+        gradients = _run("scaled_activation_backward", grad, x, scale, ctx.activation, adapter_index, mask)
         return (*(g if wanted else None for g, wanted in zip(gradients, mask, strict=True)), None, None)
 
 

@@ -3,22 +3,90 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-BACKEND_VARIABLE = "IA3_BACKEND"  # auto (default), native, reference
+from .tuning import Architecture
+
+BACKEND_VARIABLE = "IA3_BACKEND"  # auto (default), native, triton, reference
 ISA_VARIABLE = "IA3_CPU_ISA"  # auto (default), avx512, avx2, plain: read by the native library when it loads
 MATMUL_VARIABLE = "IA3_CPU_MATMUL"  # auto (default), widen, library: read by the native library at first use
+GPU_MATMUL_VARIABLE = "IA3_GPU_MATMUL"  # auto (default), library, triton
+CACHE_VARIABLE = "IA3_CACHE"  # the folder of what `ia3 tune` measured
+# The first release with tensor descriptors that the host makes.
+OLDEST_TRITON = (3, 4)
 
 
 def requested_backend() -> str:
     """The backend that the user asks for by name, or ``auto``."""
     return os.environ.get(BACKEND_VARIABLE, "auto").strip().lower() or "auto"
+
+
+def gpu_matmul() -> str:
+    """Which matmul the user wants on a GPU: ``auto``, ``library`` or ``triton``; raises ValueError for others."""
+    wanted = os.environ.get(GPU_MATMUL_VARIABLE, "auto").strip().lower() or "auto"
+    if wanted not in ("auto", "library", "triton"):
+        raise ValueError(f"{GPU_MATMUL_VARIABLE} is {wanted!r}; expected auto, library or triton.")
+    return wanted
+
+
+def cache_folder() -> Path:
+    """Where measurements of this user's devices are kept."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ia3-kernels"
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "yes", "on")
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why Triton's kernels cannot run in this process, or None."""
+    if not is_interpreted() and not torch.cuda.is_available():
+        return "there is no GPU that torch can use (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install the Triton that belongs to this torch."
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"Triton is {triton.__version__}, and the kernels need {oldest} or newer; update torch or Triton."
+    return None
+
+
+@functools.cache
+def architecture(index: int | None) -> Architecture:
+    """What kernel launches depend on, of the GPU with this index; of a small imaginary one for CPU tensors (None)."""
+    if index is None:
+        return Architecture("cuda", 80, 4)
+    properties = torch.cuda.get_device_properties(index)
+    backend = "cuda" if torch.version.hip is None else "hip"
+    return Architecture(backend, 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def device_index(device: torch.device) -> int:
+    """The number of a GPU: the current one where the device does not say."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def triton_sources() -> str:
+    """A hash of the sources of the Triton kernels and their launches, by which measurements know what they measured."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*(package / "triton").glob("*.py"), package / "tuning.py"]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @functools.cache
@@ -61,4 +129,5 @@ def describe() -> dict[str, str]:
     else:
         facts["native library"] = f"not built ({native})"
         facts["instruction set"] = "chosen by torch"
+    facts["triton kernels"] = triton_problem() or f"Triton {version('triton')}, matmul: {gpu_matmul()}"
     return facts

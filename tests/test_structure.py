@@ -10,7 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # Within ia3_kernels a module may import those before it.
-KERNELS_ORDER = ("schemas", "target", "reference", "backends", "autograd", "__init__")
+KERNELS_ORDER = (
+    "schemas",
+    "tuning",
+    "target",
+    "reference",
+    "measured",
+    "triton",
+    "tuner",
+    "backends",
+    "autograd",
+    "__init__",
+)
 # A folder of csrc may include those before it.
 CSRC_ORDER = ("core", "cpu", "cuda", "torch")
 

@@ -36,7 +36,7 @@ def _step_function(model: nn.Module, config: LlamaConfig, prompt: Tensor, steps:
 
 def run(settings: Settings, recorder: Recorder) -> None:
     """Measures every implementation in each dtype."""
-    config = llama.config(settings.quick)
+    config = llama.config(settings)
     context = 8 if settings.quick else 128
     rounds = settings.rounds(60)
     prompt = torch.randint(config.vocab_size, (1, context), generator=torch.Generator().manual_seed(1))

@@ -41,6 +41,18 @@ def _step_bytes(impl: str, model: nn.Module, inputs: training.Batch) -> int:
     )
 
 
+def _peak_bytes(impl: str, model: nn.Module, inputs: training.Batch) -> int:
+    """What the allocator hands out at most during a step, less what it had handed out before."""
+    step = training.step_function(impl, model, inputs)
+    step()  # libraries allocate their workspaces at first use
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _add(recorder: Recorder, case: str, dtype: str, counted: Mapping[str, int]) -> None:
     for impl, nbytes in counted.items():
         ratios = {base: nbytes / counted[base] for base in llama.BASELINES.get(impl, ()) if base in counted}
@@ -49,8 +61,8 @@ def _add(recorder: Recorder, case: str, dtype: str, counted: Mapping[str, int]) 
 
 def run(settings: Settings, recorder: Recorder) -> None:
     """Counts for the implementations that run eagerly; the bytes are the same in every run."""
-    config = llama.config(settings.quick)
-    eager = [impl for impl in settings.implementations if not impl.endswith("+compile")]
+    config = llama.config(settings)
+    eager = [impl for impl in settings.implementations if "+" not in impl]
     for dtype in settings.dtypes:
         inputs = training.batch(settings, dtype, config.hidden_size, config.vocab_size)
         models = llama.models(settings, dtype, eager)
@@ -59,3 +71,6 @@ def run(settings: Settings, recorder: Recorder) -> None:
         _add(recorder, f"{llama.describe(config)}, one block, {size}", dtype, block)
         step = {impl: _step_bytes(impl, model, inputs) for impl, model in models.items()}
         _add(recorder, f"{llama.describe(config)}, step, {size}", dtype, step)
+        if settings.on_gpu:
+            peak = {impl: _peak_bytes(impl, model, inputs) for impl, model in models.items()}
+            _add(recorder, f"{llama.describe(config)}, peak of a step above what lives anyway, {size}", dtype, peak)

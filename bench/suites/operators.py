@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ia3_kernels
-from ia3_kernels.backends import native
+from ia3_kernels import target
+from ia3_kernels.backends import native, triton
 
 from .. import eager, measure
 from ..records import Recorder
@@ -27,11 +28,11 @@ _TIMED_S = 2e-3  # calls shorter than this are timed several in a row
 def run(settings: Settings, recorder: Recorder) -> None:
     """Measures every operator in each dtype; without gradients, but where the case says backward."""
     torch.manual_seed(0)
-    large = (8 << 20) if settings.quick else (256 << 20)
+    large = (8 << 20) if settings.quick else (1 << 30) if settings.on_gpu else (256 << 20)
     bandwidth = measure.copy_bandwidth(large, device=settings.device, rounds=settings.rounds(20))
     recorder.add(_SUITE, f"ceiling: copy of {large >> 20} MiB", "any", "copy", times=bandwidth.times, nbytes=2 * large)
     for dtype in settings.dtypes:
-        size = 256 if settings.quick else 2048
+        size = 256 if settings.quick else 8192 if settings.on_gpu else 2048
         matmul = measure.matmul_rate(DTYPES[dtype], size=size, device=settings.device, rounds=settings.rounds(10))
         work = f"{matmul.work / 1e9:.3g} GFLOP"
         recorder.add(_SUITE, f"ceiling: matmul {size}x{size}x{size}, {work}", dtype, "matmul", times=matmul.times)
@@ -81,7 +82,7 @@ def _add_shares(
 
 
 def _activation(settings: Settings, recorder: Recorder, dtype: str, op: str, activation: str) -> None:
-    size = 256 if settings.quick else 4096
+    size = 256 if settings.quick else 16384 if settings.on_gpu else 4096  # far more than a GPU's L2
     gated = op == "gated_activation"
     inputs = [torch.randn(size, size, device=settings.device).to(DTYPES[dtype]) for _ in range(2 if gated else 1)]
     scale = 1 + 0.2 * torch.randn(size, device=settings.device)
@@ -134,15 +135,31 @@ def _cold(fn: Callable[[Tensor], object], weights: Sequence[Tensor], start: int)
     return lambda: fn(next(pool))
 
 
+# name, in_features, out_features, the side of the vector
+_Layers = tuple[tuple[str, int, int, str], ...]
+_LAYERS: _Layers = (
+    ("k_proj", 1024, 256, "output"),
+    ("v_proj", 1024, 1024, "output"),
+    ("down_proj", 4096, 1024, "input"),
+)
+# Llama-3.2-3B and Llama-3.1-8B: k_proj and v_proj, the down projection, and what all-linear adds
+_GPU_LAYERS: _Layers = (
+    ("3B k_proj", 3072, 1024, "output"),
+    ("8B k_proj", 4096, 1024, "output"),
+    ("3B q_proj", 3072, 3072, "output"),
+    ("8B q_proj", 4096, 4096, "output"),
+    ("3B down_proj", 8192, 3072, "output"),
+    ("8B down_proj", 14336, 4096, "output"),
+    ("3B down_proj", 8192, 3072, "input"),
+)
+
+
 def _linear(settings: Settings, recorder: Recorder, dtype: str, bandwidth: float, matmul_rate: float) -> None:
-    for layer, wide, narrow, side in (
-        ("k_proj", 1024, 256, "output"),
-        ("v_proj", 1024, 1024, "output"),
-        ("down_proj", 4096, 1024, "input"),
-    ):
+    many = (1, 4, 16, 512, 4096, 16384) if settings.on_gpu else (1, 4, 16, 64, 1024)
+    for layer, wide, narrow, side in _GPU_LAYERS if settings.on_gpu else _LAYERS:
         if settings.quick:
             wide, narrow = wide // 16, narrow // 16
-        for rows in (1, 4) if settings.quick else (1, 4, 16, 64, 1024):
+        for rows in (1, 4) if settings.quick else many:
             times, moved = _linear_times(settings, DTYPES[dtype], wide, narrow, rows, side)
             # What bounds this shape: the slower of moving its bytes and doing its multiplications.
             by_memory, by_matmul = moved / bandwidth, 2 * rows * narrow * wide / matmul_rate
@@ -156,6 +173,15 @@ def _linear(settings: Settings, recorder: Recorder, dtype: str, bandwidth: float
                 recorder.add(_SUITE, case, dtype, impl, times=values, ratios=ratios, nbytes=moved)
 
 
+def _triton_matmul(settings: Settings, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """Our Triton kernel whatever was measured before, where it can run."""
+    if triton.BACKEND.unavailable() or triton.BACKEND.gap("scaled_linear", settings.device.type, dtype):
+        return None
+    from ia3_kernels.triton import linear
+
+    return partial(linear.matmul, architecture=target.architecture(target.device_index(settings.device)))
+
+
 def _linear_times(
     settings: Settings, dtype: torch.dtype, wide: int, narrow: int, rows: int, side: str
 ) -> tuple[dict[str, list[float]], int]:
@@ -163,7 +189,7 @@ def _linear_times(
     x = torch.randn(rows, wide, device=settings.device).to(dtype)
     weight = (torch.randn(narrow, wide, device=settings.device) / wide**0.5).to(dtype)
     scales = {f"{side}_scale": 1 + 0.2 * torch.randn(wide if side == "input" else narrow, device=settings.device)}
-    pool = (1 << 20) if settings.quick else (256 << 20)
+    pool = (1 << 20) if settings.quick else (512 << 20) if settings.on_gpu else (256 << 20)
     weights = [weight.clone() for _ in range(max(3, pool // weight.nbytes))]
     third = len(weights) // 3  # no implementation finds in cache what another has just read
     fns: _Functions = {
@@ -171,8 +197,16 @@ def _linear_times(
         "eager": _cold(lambda w: eager.scaled_linear(x, w, **scales), weights, third),
         "linear": _cold(lambda w: F.linear(x, w), weights, 2 * third),
     }
-    calls = _calls(fns["linear"], settings.device)
-    times = measure.interleave(fns, settings.rounds(30), warmup=3, calls=calls, device=settings.device)
+    if settings.on_gpu:
+        if (matmul := _triton_matmul(settings, dtype)) is not None:
+            fns["triton"] = _cold(lambda w: matmul(x, w, **scales), weights, third // 2)
+        count = 32 if rows <= 64 else 4
+        graphs = {impl: measure.captured(fn, count) for impl, fn in fns.items()}
+        times = measure.interleave(graphs, settings.rounds(30), warmup=3, device=settings.device)
+        times = {impl: [value / count for value in values] for impl, values in times.items()}
+    else:
+        calls = _calls(fns["linear"], settings.device)
+        times = measure.interleave(fns, settings.rounds(30), warmup=3, calls=calls, device=settings.device)
     return times, weight.nbytes + x.nbytes + rows * narrow * x.itemsize
 
 

@@ -10,7 +10,7 @@ from ..settings import Settings
 
 def run(settings: Settings, recorder: Recorder) -> None:
     """Measures every implementation in each dtype."""
-    config = llama.config(settings.quick)
+    config = llama.config(settings)
     for dtype in settings.dtypes:
         inputs = training.batch(settings, dtype, config.hidden_size, config.vocab_size)
         steps = {

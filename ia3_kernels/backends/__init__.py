@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .. import target
 from ..schemas import LIBRARY, SCHEMAS
-from . import native, reference
+from . import native, reference, triton
 from .base import Backend
 
-_BACKENDS: tuple[Backend, ...] = (native.BACKEND, reference.BACKEND)
+_BACKENDS: tuple[Backend, ...] = (native.BACKEND, triton.BACKEND, reference.BACKEND)
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,35 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> tuple[Backend, str]
     raise RuntimeError(f"{op}: no backend runs {dtype} on {device_type}: {'; '.join(passed_over)}")
 
 
-def explain(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> Choice:
-    """Say which backend will run `op` (a name in the ``ia3::`` namespace) on this device and dtype, and why."""
+def explain(
+    op: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    shape: Sequence[int] | None = None,
+) -> Choice:
+    """Say which backend will run an operator, and why.
+
+    op: a name in the ``ia3::`` namespace. shape: for ``scaled_linear``, ``(rows, out_features, in_features)``, on which
+    its matmul depends. Raises ValueError for an unknown operator or shape.
+    """
     if op not in SCHEMAS:
         raise ValueError(f"explain: there is no operator {op!r}; expected one of {', '.join(SCHEMAS)}.")
-    backend, reason = choose(op, torch.device(device).type, dtype)
-    detail = backend.detail(op, dtype)
+    if shape is not None and op == "scaled_linear" and len(shape) != 3:
+        raise ValueError(f"explain: shape is {tuple(shape)}; expected (rows, out_features, in_features).")
+    device = torch.device(device)
+    backend, reason = choose(op, device.type, dtype)
+    detail = backend.detail(op, device, dtype, shape)
     return Choice(backend.name, f"{reason}; {detail}" if detail else reason)
 
 
+def run(op: str, first: torch.Tensor, *args: object, **kwargs: object) -> object:
+    """Run an operator on the backend of its first tensor, with no gradient recorded."""
+    backend, _ = choose(op, first.device.type, first.dtype)
+    return backend.operators[op](first, *args, **kwargs)
+
+
 def _register(op: str) -> None:
-    def kernel(first: torch.Tensor, *args: object, **kwargs: object) -> object:
-        backend, _ = choose(op, first.device.type, first.dtype)
-        return backend.operators[op](first, *args, **kwargs)
+    kernel = functools.partial(run, op)
 
     # One kernel for every device: `choose` knows the device, so the dispatcher need not.
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")

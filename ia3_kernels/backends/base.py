@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ def _always() -> str | None:
     return None
 
 
-def _no_detail(op: str, dtype: torch.dtype) -> str:
+def _no_detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
     return ""
 
 
@@ -37,7 +37,7 @@ class Backend:
     operators: Mapping[str, Callable[..., object]]
     unavailable: Callable[[], str | None] = field(default=_always)
     recovers_product: Callable[[Tensor, Tensor, Tensor], bool] = field(default=_never)
-    detail: Callable[[str, torch.dtype], str] = field(default=_no_detail)
+    detail: Callable[[str, torch.device, torch.dtype, Sequence[int] | None], str] = field(default=_no_detail)
 
     def gap(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this backend does not run `op` for that device and dtype, or None where it does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -34,7 +34,7 @@ def _recovers_product(x: Tensor, weight: Tensor, output_scale: Tensor) -> bool:
     return isinstance(_library, ModuleType) and bool(_library.recovers_product(x, weight, output_scale))
 
 
-def _detail(op: str, dtype: torch.dtype) -> str:
+def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
     if not isinstance(_library, ModuleType):
         return ""
     detail = f"instruction set {_library.isa()}"

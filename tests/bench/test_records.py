@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 from bench import __main__ as command
 from bench import records, report
+from ia3_kernels import target
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FIELDS = "suite,case,dtype,impl,median_s,iqr_s,ratio_to,ratio,bytes,device,torch,commit"
 
@@ -77,3 +81,11 @@ def test_a_folder_for_a_file_stops_the_command_before_it_measures(
         command.main(["decode", "--json", str(tmp_path)])
     assert stopped.value.code == 2
     assert "is a folder; expected the name of a file" in capsys.readouterr().err
+
+
+def test_results_of_gpus_are_of_these_kernels() -> None:
+    """A warning, no failure: a change of the kernels comes before a GPU to measure it on."""
+    for path in (ROOT / "bench" / "results").glob("*.environment.json"):
+        measured = json.loads(path.read_text("utf-8"))["kernel sources"]
+        if measured != target.triton_sources():
+            warnings.warn(f"{path.name} is of other kernel sources; run make gpu-check on that GPU again", stacklevel=1)

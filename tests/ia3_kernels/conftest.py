@@ -1,9 +1,53 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+import ia3_kernels as kernels
+from ia3_kernels import backends, target
+
+# Triton decides when it is imported whether it interprets, so these tests have a process of their own (make test).
+collect_ignore = [] if target.is_interpreted() else ["test_triton_interpreted.py"]
+
+# Where the public functions run: on the CPU, on a GPU, or on the CPU through the interpreted Triton kernels.
+PLACES = ["triton"] if target.is_interpreted() else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if target.is_interpreted():  # numpy's about the interpreter's own code, by the thousand
+        for category in ("DeprecationWarning", "RuntimeWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::{category}:triton.runtime.interpreter")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checked_interpreter() -> Iterator[None]:
+    if target.is_interpreted():
+        from . import interpreter
+
+        with interpreter.checked():
+            yield
+    else:
+        yield
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test in every place; a tensor that it makes without naming a device is made there."""
+    if request.param == "cuda":
+        with torch.device("cuda"):
+            yield request.param
+    elif request.param == "triton":
+        monkeypatch.setenv(target.BACKEND_VARIABLE, "triton")
+        monkeypatch.setattr(kernels, "_direct", None)  # decided by the variable, at import
+        backends.choose.cache_clear()
+        yield request.param
+        backends.choose.cache_clear()
+    else:
+        yield request.param

@@ -54,6 +54,7 @@ _SCALES = {
 }
 
 
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [3, 130])
 @pytest.mark.parametrize("scales", _SCALES)
@@ -86,6 +87,7 @@ def test_scaled_linear_against_the_oracle(dtype: torch.dtype, rows: int, scales:
         assert error(result, oracle) <= limit, (name, error(result, oracle), limit)
 
 
+@pytest.mark.usefixtures("place")
 def test_a_zero_scale_still_learns() -> None:
     # d/ds of (x Wᵀ) ∘ s at s = 0 is x Wᵀ: recovering it from the output, which is zero there, would give NaN or 0.
     x, weight = torch.randn(4, 6), torch.randn(5, 6)
@@ -94,6 +96,7 @@ def test_a_zero_scale_still_learns() -> None:
     torch.testing.assert_close(scale.grad, (x @ weight.t()).sum(0))
 
 
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (0, 4), (3, 4)])
 def test_scaled_linear_computes_only_what_is_asked(needed: tuple[int, ...]) -> None:
     args = [torch.randn(shape) for shape in ((7, 6), (5, 6), (5,), (6,), (5,))]
@@ -107,6 +110,7 @@ def test_scaled_linear_computes_only_what_is_asked(needed: tuple[int, ...]) -> N
             torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("operator", ["scaled_linear", "gated_activation", "scaled_activation"])
 def test_second_derivatives_raise_a_sentence(operator: str) -> None:
     scale = torch.randn(6, requires_grad=True)
@@ -141,6 +145,7 @@ def test_gradients_are_the_same_bits_whatever_the_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("place")
 def test_backward_twice_and_through_views() -> None:
     both = torch.randn(5, 12, requires_grad=True)
     scale = torch.randn(6, requires_grad=True)

@@ -274,3 +274,24 @@ def generate(
             device=device,
         )
     )
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="Folder of a model, whose scaled layers are measured.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="OUTxIN", help="A weight to measure; may be given several times.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(callback=_one_of(DTYPES), help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Tokens in a batch; may be given several times. Default: 1 to 16384.")
+    ] = None,
+) -> None:
+    """Measure the matmuls of a model on this GPU, so that scaled_linear takes the fastest."""
+    from . import tune as command
+
+    if any(count < 1 for count in rows or ()):
+        raise typer.BadParameter("--rows is below 1")
+    command.run(model, shape or [], dtype, rows or list(command.ROWS))

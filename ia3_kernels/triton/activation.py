@@ -1,0 +1,375 @@
+"""``gated_activation``, ``scaled_activation`` and their backward passes: memory-bound, one pass each.
+
+``T`` rows, ``I`` columns, ``b`` bytes an element. The scale is read once per row block, out of L2.
+
+========================  ==========================================  ==================  =====================
+kernel                    equation                                    bytes moved         flops
+========================  ==========================================  ==================  =====================
+activation_fwd_kernel     h = act(g) ∘ u ∘ s                          3 T I b (2 ungated)  about 8 T I (silu)
+activation_bwd_kernel     dg = dh ∘ s ∘ u ∘ act'(g)                   5 T I b (3 ungated)  about 16 T I
+                          du = dh ∘ s ∘ act(g)
+                          partial ds = Σ of a chunk: dh ∘ act(g) ∘ u  + 4 I per chunk
+reduce_partials_kernel    ds = Σ over an adapter's chunks             4 I per chunk        I per chunk
+========================  ==========================================  ==================  =====================
+
+The sum over rows has two stages and no atomics: chunks of rows, then chunks in their order, so the same inputs give the
+same bits. With adapters in the batch, rows are visited sorted by adapter, and a chunk never spans two of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..schemas import check_activation
+from ..tuning import ActivationLaunch, activation_launch
+from .functions import activate, activate_with_derivative, load_scale, round_to
+
+
+@triton.jit
+def activation_fwd_kernel(
+    gate,  # [rows, cols], columns contiguous
+    up,  # the same, or None
+    scale,  # [cols], or [adapters, cols] with an index, or None
+    index,  # [rows] int32, or None
+    out,  # [rows, cols]
+    rows,
+    cols,
+    adapters,
+    gate_stride,
+    up_stride,
+    out_stride,
+    scale_stride,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (row < rows) & (col < cols)
+    # h = act(g) ∘ u ∘ s
+    h = activate(tl.load(gate + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    if up is not None:
+        h *= tl.load(up + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
+    if scale is not None:
+        if index is not None:
+            adapter = tl.load(index + row, mask=row < rows, other=-1)
+            h *= load_scale(scale, adapter, adapters, scale_stride, col, mask)
+        else:
+            h *= tl.load(scale + col, mask=col < cols, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + col, round_to(h, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activation_bwd_kernel(
+    grad,  # [rows, cols]
+    gate,
+    up,  # or None
+    scale,  # or None
+    order,  # [rows] int64: rows sorted by adapter, or None
+    chunk_first,  # [chunks] int32: the chunk's rows are order[first : last]
+    chunk_last,
+    chunk_adapter,  # [chunks] int32, -1 for none
+    grad_gate,  # or None
+    grad_up,  # or None
+    partials,  # [chunks, cols] fp32, or None
+    rows,
+    cols,
+    adapters,
+    grad_stride,
+    gate_stride,
+    up_stride,
+    grad_gate_stride,
+    grad_up_stride,
+    scale_stride,
+    ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    if order is not None:
+        first = tl.load(chunk_first + chunk)
+        last = tl.load(chunk_last + chunk)
+    else:
+        first = chunk * CHUNK
+        last = tl.minimum(first + CHUNK, rows)
+    s = tl.full([1, BLOCK_N], 1.0, tl.float32)
+    if scale is not None:
+        if order is not None:
+            adapter = tl.load(chunk_adapter + chunk)
+            s = load_scale(scale, adapter, adapters, scale_stride, col, col < cols)
+        else:
+            s = tl.load(scale + col, mask=col < cols, other=0.0).to(tl.float32)
+    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, last - first, BLOCK_M):
+        position = first + start + tl.arange(0, BLOCK_M)[:, None]
+        mask = (position < last) & (col < cols)
+        row = position.to(tl.int64)
+        if order is not None:
+            row = tl.load(order + position, mask=position < last, other=0)
+        dh = tl.load(grad + row * grad_stride + col, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
+        a, da = activate_with_derivative(g, ACTIVATION)
+        # dg = dh ∘ s ∘ u ∘ act'(g) ; du = dh ∘ s ∘ act(g) ; ds = Σ dh ∘ act(g) ∘ u
+        dhs = dh * s
+        if grad_up is not None:
+            tl.store(grad_up + row * grad_up_stride + col, round_to(dhs * a, grad_up.dtype.element_ty), mask=mask)
+        if up is not None:
+            u = tl.load(up + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
+            dhs *= u
+            a *= u
+        if grad_gate is not None:
+            tl.store(
+                grad_gate + row * grad_gate_stride + col, round_to(dhs * da, grad_gate.dtype.element_ty), mask=mask
+            )
+        ds += dh * a
+    if partials is not None:
+        total = tl.sum(ds, axis=0, keep_dims=True)
+        tl.store(partials + chunk * cols + col, total, mask=col < cols)
+
+
+@triton.jit
+def reduce_partials_kernel(
+    partials,  # [chunks, cols] fp32
+    adapter_first,  # [adapters] int32: the adapter's chunks are first .. last, or None
+    adapter_last,
+    out,  # [adapters, cols]
+    chunks,
+    cols,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    adapter = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    first = 0
+    last = chunks
+    if adapter_first is not None:
+        first = tl.load(adapter_first + adapter)
+        last = tl.load(adapter_last + adapter)
+    # ds = Σ partials, in the order of the chunks
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(first, last, BLOCK_M):
+        chunk = start + tl.arange(0, BLOCK_M)[:, None]
+        mask = (chunk < last) & (col < cols)
+        total += tl.load(partials + chunk.to(tl.int64) * cols + col, mask=mask, other=0.0)
+    ds = tl.sum(total, axis=0, keep_dims=True)
+    tl.store(out + adapter * cols + col, round_to(ds, out.dtype.element_ty), mask=col < cols)
+
+
+# --- host ----------------------------------------------------------------------------------------------------------
+
+
+class Chunks(NamedTuple):
+    """Rows sorted by adapter and cut into chunks of one adapter each, as tensors on the device; nothing is read back.
+
+    order: ``[rows]`` int64. first, last, adapter: ``[chunks]`` int32, a chunk being ``order[first:last]``.
+    adapter_first, adapter_last: ``[adapters]`` int32, the chunks of each.
+    """
+
+    order: Tensor
+    first: Tensor
+    last: Tensor
+    adapter: Tensor
+    adapter_first: Tensor
+    adapter_last: Tensor
+
+
+def chunks_by_adapter(index: Tensor, adapters: int, chunk: int) -> Chunks:
+    """Cut the rows with ``index`` (flat, int32) into chunks; rows of no known adapter come last."""
+    rows = index.numel()
+    known = (index >= 0) & (index < adapters)
+    # -1 (ones) and an index without a row (NaN) are two further groups, after the adapters.
+    group = torch.where(known, index, torch.where(index == -1, adapters, adapters + 1)).long()
+    order = torch.argsort(group, stable=True)
+    groups = torch.arange(adapters + 2, device=index.device)
+    ends = torch.searchsorted(group[order], groups, right=True)
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+    counts = (ends - begins + chunk - 1) // chunk
+    chunk_ends = counts.cumsum(0)
+    chunk_begins = chunk_ends - counts
+    # As many chunks as there can be: the host does not know the counts. Those left over begin behind the last row.
+    chunks = torch.arange(rows // chunk + min(rows, adapters + 2), device=index.device)
+    owner = torch.searchsorted(chunk_ends, chunks, right=True).clamp_max(adapters + 1)
+    first = begins[owner] + (chunks - chunk_begins[owner]) * chunk
+    last = torch.minimum(first + chunk, ends[owner])
+    # The last group gets an index that load_scale turns into NaN, the one before it -1.
+    adapter = torch.where(owner < adapters, owner, torch.where(owner == adapters, -1, -2))
+    as_int32 = (tensor.to(torch.int32) for tensor in (first, last, adapter, chunk_begins, chunk_ends))
+    return Chunks(order, *as_int32)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as ``[rows, cols]`` with contiguous columns; a view where its strides allow one."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def _flat_index(adapter_index: Tensor | None) -> Tensor | None:
+    return None if adapter_index is None else adapter_index.reshape(-1).contiguous()
+
+
+def forward(
+    gate: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+    out: Tensor | None = None,
+    launch: ActivationLaunch | None = None,
+) -> Tensor:
+    """act(gate) ∘ up ∘ scale, with or without ``up``; into ``out`` where given, which may be ``gate`` itself."""
+    out = gate.new_empty(gate.shape) if out is None else out
+    if not out.numel():
+        return out
+    x, u, h = as_rows(gate), None if up is None else as_rows(up), as_rows(out)
+    scale = None if scale is None else scale.contiguous()
+    rows, cols = x.shape
+    launch = launch or activation_launch(rows, cols, x.element_size())
+    grid = (triton.cdiv(rows, launch.BLOCK_M), triton.cdiv(cols, launch.BLOCK_N))
+    activation_fwd_kernel[grid](
+        x,
+        u,
+        scale,
+        _flat_index(adapter_index),
+        h,
+        rows,
+        cols,
+        1 if scale is None or scale.dim() == 1 else scale.shape[0],
+        x.stride(0),
+        0 if u is None else u.stride(0),
+        h.stride(0),
+        cols,
+        ACTIVATION=activation,
+        BLOCK_M=launch.BLOCK_M,
+        BLOCK_N=launch.BLOCK_N,
+        num_warps=launch.num_warps,
+    )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+    wants: Sequence[bool],
+    launch: ActivationLaunch | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate, up and scale; an empty tensor for one that is not wanted."""
+    wants_gate, wants_up, wants_scale = wants
+    nothing = gate.new_empty(0)
+    grad_gate = gate.new_empty(gate.shape) if wants_gate else nothing
+    grad_up = gate.new_empty(gate.shape) if wants_up else nothing
+    grad_scale = nothing if scale is None else scale.new_zeros(scale.shape if wants_scale else 0)
+    wants_scale = grad_scale.numel() > 0
+    if not gate.numel():
+        return grad_gate, grad_up, grad_scale
+    dh, x, u = as_rows(grad), as_rows(gate), None if up is None else as_rows(up)
+    rows, cols = x.shape
+    launch = launch or activation_launch(rows, cols, x.element_size(), is_backward=True)
+    scale = None if scale is None else scale.contiguous()
+    adapters = 1 if scale is None or scale.dim() == 1 else scale.shape[0]
+    index = _flat_index(adapter_index)
+    chunked = None if index is None or scale is None else chunks_by_adapter(index, adapters, launch.CHUNK)
+    chunks = triton.cdiv(rows, launch.CHUNK) if chunked is None else chunked.first.numel()
+    partials = torch.empty(chunks, cols, dtype=torch.float32, device=x.device) if wants_scale else None
+    column_blocks = triton.cdiv(cols, launch.BLOCK_N)
+    order, first, last, adapter = chunked[:4] if chunked is not None else (None,) * 4
+    activation_bwd_kernel[(chunks, column_blocks)](
+        dh,
+        x,
+        u,
+        scale,
+        order,
+        first,
+        last,
+        adapter,
+        as_rows(grad_gate) if wants_gate else None,
+        as_rows(grad_up) if wants_up else None,
+        partials,
+        rows,
+        cols,
+        adapters,
+        dh.stride(0),
+        x.stride(0),
+        0 if u is None else u.stride(0),
+        cols,
+        cols,
+        cols,
+        ACTIVATION=activation,
+        CHUNK=launch.CHUNK,
+        BLOCK_M=launch.BLOCK_M,
+        BLOCK_N=launch.BLOCK_N,
+        num_warps=launch.num_warps,
+    )
+    if partials is not None:
+        reduce_partials_kernel[(adapters, triton.cdiv(cols, 128))](
+            partials,
+            None if chunked is None else chunked.adapter_first,
+            None if chunked is None else chunked.adapter_last,
+            grad_scale,
+            chunks,
+            cols,
+            BLOCK_M=32,
+            BLOCK_N=128,
+            num_warps=4,
+        )
+    return grad_gate, grad_up, grad_scale
+
+
+# --- the operators -------------------------------------------------------------------------------------------------
+
+
+def gated_activation(
+    gate: Tensor,
+    up: Tensor,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    adapter_index: Tensor | None = None,
+) -> Tensor:
+    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
+    return forward(gate, up, scale, activation, adapter_index)
+
+
+def scaled_activation(
+    x: Tensor, scale: Tensor | None = None, activation: str = "silu", adapter_index: Tensor | None = None
+) -> Tensor:
+    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
+    return forward(x, None, scale, activation, adapter_index)
+
+
+def gated_activation_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
+    return backward(grad, gate, up, scale, activation, adapter_index, output_mask)
+
+
+def scaled_activation_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
+    wants_x, wants_scale = output_mask
+    grad_x, _, grad_scale = backward(grad, x, None, scale, activation, adapter_index, (wants_x, False, wants_scale))
+    return grad_x, grad_scale

@@ -1,0 +1,145 @@
+"""How kernels are launched: pure functions of shape, dtype and architecture, in field-standard names.
+
+A launch is a frozen dataclass whose fields are the kernel's constants. Tests pass their own. Where ``ia3 tune`` has
+measured this device, :mod:`~ia3_kernels.measured` knows better which of the routes below wins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ActivationLaunch:
+    """A tile of BLOCK_M x BLOCK_N; backward, a program sums CHUNK rows."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    CHUNK: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class WeightLaunch:
+    """A tile of BLOCK_M x BLOCK_N."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class LinearLaunch:
+    """The tiled matmul: a tile of BLOCK_M rows x BLOCK_N outputs, K in steps of BLOCK_K, in SPLIT_K parts.
+
+    GROUP_M: so many rows of tiles are visited together, for the weight's sake in L2. TMA: tensor descriptors (Hopper
+    and later) instead of pointers.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SPLIT_K: int
+    GROUP_M: int
+    TMA: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a launch depends on: ``cuda`` or ``hip``, the compute capability (90 for Hopper), multiprocessors."""
+
+    backend: str
+    capability: int
+    multiprocessors: int
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether tensor descriptors are in hardware."""
+        return self.backend == "cuda" and self.capability >= 90
+
+    @property
+    def has_warpgroup_matmul(self) -> bool:
+        """Whether matmuls read operands from shared memory, for 64 rows at the least: wgmma (Hopper), tcgen05."""
+        return self.backend == "cuda" and 90 <= self.capability < 120
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that a program can have."""
+        if self.backend == "hip":
+            return 64 << 10
+        if self.has_warpgroup_matmul:
+            return 227 << 10
+        return (163 if self.capability in (80, 87) else 99) << 10
+
+
+def _power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two that is at least ``n``, kept within ``low`` and ``high``."""
+    return min(max(1 << max(n - 1, 0).bit_length(), low), high)
+
+
+def activation_launch(rows: int, cols: int, element_size: int, is_backward: bool = False) -> ActivationLaunch:
+    """16-byte accesses, and enough of them in flight: 32 elements a thread forward, 16 (of three tensors) backward."""
+    vector = 16 // element_size
+    block_n = _power_of_two(cols, vector, 128 * vector if not is_backward else 64 * vector)
+    elements = 2048 if is_backward else 4096
+    block_m = _power_of_two(min(rows, elements // block_n), 1, 64)
+    # A chunk's partial sums cost 8 bytes a column; 64 rows make that less than 2 % of what a chunk moves. Fewer rows,
+    # where there would not be enough programs else.
+    chunk = max(block_m, 64 if rows >= 2048 else 16)
+    return ActivationLaunch(block_m, block_n, chunk, num_warps=4)
+
+
+def weight_launch(rows: int, cols: int, element_size: int) -> WeightLaunch:
+    """16-byte accesses, 32 elements a thread: the pass has one tensor, read and written."""
+    vector = 16 // element_size
+    block_n = _power_of_two(cols, vector, 128 * vector)
+    return WeightLaunch(_power_of_two(min(rows, 4096 // block_n), 1, 64), block_n, num_warps=4)
+
+
+def linear_launch(
+    rows: int,
+    outputs: int,
+    inputs: int,
+    element_size: int,
+    architecture: Architecture,
+    is_aligned: bool,
+    has_prologue: bool = False,
+) -> LinearLaunch:
+    """Tiles for ``[rows, inputs] x [inputs, outputs]``.
+
+    is_aligned: addresses and rows of both are on 16 bytes. has_prologue: inputs are scaled, or rows have adapters.
+
+    Up to 16 rows the weight is streamed once and K is split until every multiprocessor has two programs. More rows take
+    the largest tile that still fills the device once; what does not fill it splits K.
+    """
+    if element_size == 4:  # TF32 would not be fp32: full-precision dots have small tiles
+        block_m, block_n, block_k, warps, stages = _power_of_two(rows, 16, 64), 64, 32, 8 if rows > 32 else 4, 2
+    elif rows <= 16:
+        block_m, block_n, block_k, warps, stages = 16, 32, 256 if is_aligned else 64, 4, 3
+    elif not is_aligned:  # every element has its own address and mask, in registers
+        block_m, block_n, block_k, warps, stages = 64, 64, 32, 8, 2
+    elif rows <= 64:
+        block_m, block_n, block_k, warps, stages = _power_of_two(rows, 32, 64), 64, 128, 4, 4
+        if architecture.has_warpgroup_matmul:
+            block_m = 64
+    else:
+        block_m, block_n, block_k, warps, stages = 128, 128, 64 if architecture.has_tma else 32, 8, 3
+        # 256 columns leave no registers for anything but the sums, and half as many tiles.
+        if architecture.has_warpgroup_matmul and not has_prologue:
+            fills_device = -(-rows // 128) * -(-outputs // 256) >= architecture.multiprocessors
+            block_n = 256 if fills_device else 128
+    use_tma = is_aligned and architecture.has_tma and rows > 16
+    if architecture.backend == "hip":
+        stages = 2
+    # A stage holds both operands, and the scales of the inputs; pointers need one buffer less than stages.
+    stage = (block_m + block_n) * block_k * element_size + (4 * block_m * block_k if has_prologue else 0)
+    stages = min(stages, architecture.shared_memory // stage + (0 if use_tma else 1))
+    tiles = -(-rows // block_m) * -(-outputs // block_n)
+    steps = -(-inputs // block_k)
+    wanted = 2 * architecture.multiprocessors if rows <= 16 else architecture.multiprocessors
+    # Every part is at least three steps long, or the pipeline never fills. A power of two: each value is a program to
+    # compile, and the number of rows changes from step to step.
+    split_k = 1 << max(1, min(wanted // tiles, steps // 3, 16)).bit_length() - 1
+    return LinearLaunch(block_m, block_n, block_k, split_k, 8, use_tma, warps, stages)
