@@ -56,17 +56,21 @@ def read(path: Path) -> dict[str, Measurement]:
     """The measurements of a file; none where there is no file, or one that cannot be understood."""
     try:
         content = json.loads(path.read_text("utf-8"))
-        names = {field.name for field in fields(LinearLaunch)}
         return {
-            key: Measurement(
-                float(entry["library"]),
-                float(entry["triton"]),
-                LinearLaunch(**{name: entry["launch"][name] for name in names}),
-            )
+            key: Measurement(float(entry["library"]), float(entry["triton"]), _launch(entry["launch"]))
             for key, entry in content["measurements"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _launch(content: Mapping[str, object]) -> LinearLaunch:
+    """The launch that a file describes; raises ValueError for one that no kernel could be launched with."""
+    values = {field.name: content[field.name] for field in fields(LinearLaunch)}
+    for name, value in values.items():
+        if not (isinstance(value, bool) if name == "TMA" else type(value) is int and value > 0):
+            raise ValueError(f"{name} is {value!r}")
+    return LinearLaunch(**values)  # type: ignore[arg-type]
 
 
 def write(path: Path, measurements: Mapping[str, Measurement]) -> None:

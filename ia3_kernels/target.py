@@ -52,7 +52,7 @@ def is_interpreted() -> bool:
 def triton_problem() -> str | None:
     """Why Triton's kernels cannot run in this process, or None."""
     if not is_interpreted() and not torch.cuda.is_available():
-        return "there is no GPU that torch can use (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+        return "there is no GPU that torch can use (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)."
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:

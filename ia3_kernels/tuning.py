@@ -87,7 +87,7 @@ def activation_launch(rows: int, cols: int, element_size: int, is_backward: bool
     block_m = _power_of_two(min(rows, elements // block_n), 1, 64)
     # A chunk's partial sums cost 8 bytes a column; 64 rows make that less than 2 % of what a chunk moves. Fewer rows,
     # where there would not be enough programs else.
-    chunk = max(block_m, 64 if rows >= 2048 else 16)
+    chunk = max(block_m, 64 if rows >= 2048 else _power_of_two(rows, 1, 16))
     return ActivationLaunch(block_m, block_n, chunk, num_warps=4)
 
 

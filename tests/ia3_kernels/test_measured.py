@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,3 +274,17 @@ def test_matmul_launches_are_fit_for_any_shape(
         assert -(-inputs // launch.BLOCK_K) >= 3 * launch.SPLIT_K
         tiles = -(-rows // launch.BLOCK_M) * -(-outputs // launch.BLOCK_N)
         assert tiles * launch.SPLIT_K <= 2 * architecture.multiprocessors
+
+
+@pytest.mark.parametrize(
+    "change", [{"BLOCK_M": "many"}, {"SPLIT_K": 0}, {"BLOCK_N": -64}, {"TMA": 1}, {"num_warps": True}]
+)
+def test_a_launch_that_no_kernel_could_have_is_not_read(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "device.json"
+    launch = LinearLaunch(64, 64, 64, 1, 8, False, 4, 3)
+    measured.write(path, {"key": measured.Measurement(1.0, 2.0, launch)})
+    assert measured.read(path)["key"].launch == launch
+    content = json.loads(path.read_text())
+    content["measurements"]["key"]["launch"] |= change
+    path.write_text(json.dumps(content))
+    assert measured.read(path) == {}

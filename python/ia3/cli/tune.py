@@ -23,7 +23,7 @@ def run(model: Path | None, shapes: list[str], dtype: str, rows: list[int]) -> N
     problem = target.triton_problem()
     if problem is not None or not torch.cuda.is_available():
         raise IA3Error(
-            f"there is nothing to tune here, because {problem or 'tuning measures a GPU, and there is none'}."
+            f"there is nothing to tune here, because {problem or 'tuning measures a GPU, and there is none.'}"
         )
     wanted = {(*_shape(text), False) for text in shapes}
     if model is not None:
