@@ -105,7 +105,7 @@ def test_doctor_tells_what_runs_each_operator(capsys: pytest.CaptureFixture[str]
 
 
 def test_finetune_writes_adapter_curve_and_metrics(tiny_model: Path, adapter: Path) -> None:
-    files = {"adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.json"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.json"}
     assert {path.name for path in adapter.iterdir()} == files
     assert {path.name for path in adapter.parent.iterdir()} == {"out", "text.txt"}
     assert (adapter / "loss.png").read_bytes().startswith(b"\x89PNG")
