@@ -49,8 +49,8 @@ bench-all: $(READY)  ## every suite behind docs/performance.md; an idle machine 
 gpu-check:  ## proves and measures the kernels on this machine's GPU
 	$(PYTHON) tools/gpu_check.py $(ARGS)
 
-kernels-table: $(READY)  ## compile the Triton kernels for GPUs that are not here, and write what came of it
-	$(BIN)/python -m tools.inspect_kernels --quick --write docs/kernels.md
+kernels-table: $(READY)  ## compile every Triton launch for GPUs that are not here, a quarter of an hour
+	$(BIN)/python -m tools.inspect_kernels --write docs/kernels.md
 
 format: $(READY)
 	$(BIN)/ruff format .
