@@ -6,14 +6,14 @@ READY := $(VENV)/.ready
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: build test lint demo bench bench-all kernels-table gpu-check format clean
+.PHONY: build test lint demo bench bench-all kernels-table gpu-check cuda-check cuda-table format clean
 
 # The environment, then the package: built in place, against the torch that is installed.
-$(VENV)/.installed: requirements-dev.txt requirements-demo.txt
+$(VENV)/.installed: requirements-dev.txt requirements-no-deps.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-no-deps.txt
 	touch $@
 
 $(READY): $(VENV)/.installed $(NATIVE_INPUTS)
@@ -51,6 +51,12 @@ gpu-check:  ## proves and measures the kernels on this machine's GPU
 
 kernels-table: $(READY)  ## compile every Triton launch for GPUs that are not here, a quarter of an hour
 	$(BIN)/python -m tools.inspect_kernels --write docs/kernels.md
+
+cuda-check: $(READY)  ## compile the CUDA kernels for every architecture, and inspect them; needs nvcc, no GPU
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tools.inspect_cuda $(ARGS)
+
+cuda-table:
+	$(MAKE) cuda-check ARGS="--write docs/kernels.md"
 
 format: $(READY)
 	$(BIN)/ruff format .

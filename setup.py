@@ -23,6 +23,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
+        # IA3_CUDA and IA3_CUDA_ARCHITECTURES, as CMakeLists.txt describes them
+        configure += [f"-D{name}={value}" for name, value in os.environ.items() if name.startswith("IA3_CUDA")]
         # A build folder remembers the environment that it was configured in; another environment starts afresh.
         subprocess.run([*configure, "--fresh"], check=True)
         subprocess.run(["cmake", "--build", build], check=True)

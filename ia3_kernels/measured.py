@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,17 +26,32 @@ from .tuning import LinearLaunch
 class Measurement:
     """Medians in seconds of a ``scaled_linear`` with an output scale.
 
-    library: the library's product, and a pass over the output. triton: the fastest launch of our kernel.
+    library: the library's product, and a pass over the output. triton, launch: the fastest launch of our Triton kernel.
+    cuda, tile: the fastest tile of our CUDA kernels; None where they do not take the shape, or are not built.
     """
 
     library: float
     triton: float
     launch: LinearLaunch
+    cuda: float | None = None
+    tile: str = "auto"
 
     @property
     def route(self) -> str:
-        """The faster of the two."""
-        return "triton" if self.triton < self.library else "library"
+        """The fastest; the library where it is as fast as ours."""
+        times = {"library": self.library, "triton": self.triton}
+        if self.cuda is not None:
+            times["cuda"] = self.cuda
+        return min(times, key=lambda name: times[name])
+
+
+class Route(NamedTuple):
+    """``library``, ``triton`` or ``cuda``, the reason in words, and what was measured to be its fastest launch."""
+
+    name: str
+    reason: str
+    launch: LinearLaunch | None = None
+    tile: str = "auto"
 
 
 def linear_key(rows: int, outputs: int, inputs: int, dtype: torch.dtype, is_transposed: bool) -> str:
@@ -49,7 +65,7 @@ def path_of(index: int) -> Path:
     """The file of the GPU with this index."""
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(index)).strip("-").lower()
     versions = f"torch{torch.__version__}-triton{target.version('triton')}"
-    return target.cache_folder() / f"{name}-{re.sub(r'[^0-9a-z.]+', '-', versions)}-{target.triton_sources()}.json"
+    return target.cache_folder() / f"{name}-{re.sub(r'[^0-9a-z.]+', '-', versions)}-{target.kernel_sources()}.json"
 
 
 def read(path: Path) -> dict[str, Measurement]:
@@ -57,7 +73,13 @@ def read(path: Path) -> dict[str, Measurement]:
     try:
         content = json.loads(path.read_text("utf-8"))
         return {
-            key: Measurement(float(entry["library"]), float(entry["triton"]), _launch(entry["launch"]))
+            key: Measurement(
+                float(entry["library"]),
+                float(entry["triton"]),
+                _launch(entry["launch"]),
+                None if entry["cuda"] is None else float(entry["cuda"]),
+                str(entry["tile"]),
+            )
             for key, entry in content["measurements"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -92,14 +114,17 @@ def of_device(index: int) -> Mapping[str, Measurement]:
 
 def linear_route(
     index: int | None, rows: int, outputs: int, inputs: int, dtype: torch.dtype, is_transposed: bool
-) -> tuple[str, LinearLaunch | None, str]:
-    """``library`` or ``triton`` for this product, the launch that was measured, and the reason in words."""
+) -> Route:
+    """The route of this product."""
     wanted = target.gpu_matmul()
     key = linear_key(rows, outputs, inputs, dtype, is_transposed)
     found = of_device(index).get(key) if index is not None else None
-    launch = None if found is None else found.launch
+    known = {} if found is None else {"launch": found.launch, "tile": found.tile}
     if wanted != "auto":
-        return wanted, launch, f"asked for by {target.GPU_MATMUL_VARIABLE}={wanted}"
+        return Route(wanted, f"asked for by {target.GPU_MATMUL_VARIABLE}={wanted}", **known)  # type: ignore[arg-type]
     if found is None:
-        return "library", None, "not measured for this shape and device (ia3 tune does)"
-    return found.route, launch, f"measured: library {found.library * 1e6:.1f} us, Triton {found.triton * 1e6:.1f} us"
+        return Route("library", "not measured for this shape and device (ia3 tune does)")
+    times = f"library {found.library * 1e6:.1f} us, Triton {found.triton * 1e6:.1f} us"
+    if found.cuda is not None:
+        times += f", CUDA {found.cuda * 1e6:.1f} us"
+    return Route(found.route, f"measured: {times}", found.launch, found.tile)

@@ -15,10 +15,10 @@ import torch
 
 from .tuning import Architecture
 
-BACKEND_VARIABLE = "IA3_BACKEND"  # auto (default), native, triton, reference
+BACKEND_VARIABLE = "IA3_BACKEND"  # auto (default), native, triton, cuda, reference
 ISA_VARIABLE = "IA3_CPU_ISA"  # auto (default), avx512, avx2, plain: read by the native library when it loads
 MATMUL_VARIABLE = "IA3_CPU_MATMUL"  # auto (default), widen, library: read by the native library at first use
-GPU_MATMUL_VARIABLE = "IA3_GPU_MATMUL"  # auto (default), library, triton
+GPU_MATMUL_VARIABLE = "IA3_GPU_MATMUL"  # auto (default), library, triton, cuda
 CACHE_VARIABLE = "IA3_CACHE"  # the folder of what `ia3 tune` measured
 # The first release with tensor descriptors that the host makes.
 OLDEST_TRITON = (3, 4)
@@ -30,10 +30,16 @@ def requested_backend() -> str:
 
 
 def gpu_matmul() -> str:
-    """Which matmul the user wants on a GPU: ``auto``, ``library`` or ``triton``; raises ValueError for others."""
+    """Which matmul the user wants on a GPU: ``auto``, ``library``, ``triton`` or ``cuda``.
+
+    Raises ValueError for another word, and RuntimeError for kernels that cannot run here.
+    """
     wanted = os.environ.get(GPU_MATMUL_VARIABLE, "auto").strip().lower() or "auto"
-    if wanted not in ("auto", "library", "triton"):
-        raise ValueError(f"{GPU_MATMUL_VARIABLE} is {wanted!r}; expected auto, library or triton.")
+    if wanted not in ("auto", "library", "triton", "cuda"):
+        raise ValueError(f"{GPU_MATMUL_VARIABLE} is {wanted!r}; expected auto, library, triton or cuda.")
+    problem = {"triton": triton_problem, "cuda": cuda_problem}.get(wanted, lambda: None)()
+    if problem is not None:
+        raise RuntimeError(f"{GPU_MATMUL_VARIABLE} is {wanted!r}, but {problem}")
     return wanted
 
 
@@ -80,12 +86,32 @@ def device_index(device: torch.device) -> int:
 
 
 @functools.cache
-def triton_sources() -> str:
-    """A hash of the sources of the Triton kernels and their launches, by which measurements know what they measured."""
+def cuda_problem() -> str | None:
+    """Why the compiled CUDA kernels cannot run in this process, or None."""
+    library = native_library()
+    if not isinstance(library, ModuleType):
+        return f"the native library is not built ({library}); reinstall with a C++ compiler and nvcc to build it."
+    if not hasattr(library, "cuda"):
+        return "the native library was built without CUDA; reinstall with a torch that has CUDA, and with nvcc."
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use."
+    oldest = min(library.cuda.architectures())
+    found = architecture(torch.cuda.current_device()).capability
+    if found < oldest:
+        return f"this GPU is of compute capability {found / 10}, and the kernels need {oldest / 10} or newer."
+    return None
+
+
+@functools.cache
+def kernel_sources() -> str:
+    """A hash of the GPU kernels' sources and launches, by which measurements know what they measured."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted([*(package / "triton").glob("*.py"), package / "tuning.py"]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    library = native_library()
+    if hasattr(library, "cuda"):
+        digest.update(library.cuda.sources().encode())
     return digest.hexdigest()[:16]
 
 
@@ -129,5 +155,16 @@ def describe() -> dict[str, str]:
     else:
         facts["native library"] = f"not built ({native})"
         facts["instruction set"] = "chosen by torch"
+    facts["cuda kernels"] = _describe_cuda(native)
     facts["triton kernels"] = triton_problem() or f"Triton {version('triton')}, matmul: {gpu_matmul()}"
     return facts
+
+
+def _describe_cuda(native: ModuleType | ImportError) -> str:
+    """Which architectures are inside of the library, and whether one of them is here."""
+    if not hasattr(native, "cuda"):
+        return cuda_problem() or ""
+    inside = ", ".join(f"sm_{number}{'a' if number == 90 else ''}" for number in native.cuda.architectures())
+    tiles = ", ".join(native.cuda.hopper_tiles())
+    problem = cuda_problem()
+    return f"{inside}; Hopper tiles: {tiles}" + (f"; not usable: {problem}" if problem else "")

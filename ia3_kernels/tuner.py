@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import target
+from . import cuda, matmul, target
 from .measured import Measurement
 from .tuning import Architecture, LinearLaunch, linear_launch
 
@@ -53,7 +53,7 @@ def measure_linear(
     """
     from triton.runtime.errors import OutOfResources
 
-    from .triton import linear
+    from .triton import activation, linear
 
     device = torch.device("cuda", index)
     x = torch.randn(rows, inputs, device=device, dtype=dtype)
@@ -61,8 +61,12 @@ def measure_linear(
     weight = stored.to(dtype).t() if is_transposed else stored.to(dtype)
     scale = torch.rand(outputs, device=device) + 0.5
     architecture = target.architecture(index)
-    expected = linear.library(x, weight, None, None, scale)
-    library = _median(lambda: linear.library(x, weight, None, None, scale))
+
+    def run_library() -> Tensor:
+        return matmul.library(activation.forward, x, weight, None, None, scale)
+
+    expected = run_library()
+    library = _median(run_library)
     best: tuple[float, LinearLaunch] | None = None
     can_use_tma = x.stride(0) * x.element_size() % 16 == 0 and stored.stride(0) * x.element_size() % 16 == 0
     for launch in launches(rows, outputs, inputs, x.element_size(), architecture, can_use_tma):
@@ -74,16 +78,41 @@ def measure_linear(
             result = run()
         except OutOfResources:  # more shared memory or registers than this device has
             continue
-        error = float((result.float() - expected.float()).norm() / expected.float().norm())
-        # Both round to dtype, the library before scaling as well; their sums differ by the roundings of fp32.
-        if not error < 4 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps * inputs**0.5:
-            raise RuntimeError(
-                f"scaled_linear in Triton differs from the library by {error:.2g} for {rows} rows, "
-                f"{outputs} x {inputs}, {dtype}, with {launch}; nothing was kept: please report it."
-            )
+        _check(result, expected, f"Triton with {launch}", inputs)
         seconds = _median(run)
         if best is None or seconds < best[0]:
             best = seconds, launch
     if best is None:
         raise RuntimeError(f"no launch of scaled_linear runs on this device for {rows} rows, {outputs} x {inputs}.")
-    return Measurement(library, *best)
+    fastest: tuple[float, str] | None = None
+    for tile in cuda_tiles(rows):
+
+        def run_cuda(tile: str = tile) -> Tensor | None:
+            return cuda.matmul(x, weight, None, None, scale, None, tile)
+
+        taken = run_cuda()
+        if taken is None:
+            continue
+        _check(taken, expected, f"CUDA with tile {tile}", inputs)
+        seconds = _median(run_cuda)
+        if fastest is None or seconds < fastest[0]:
+            fastest = seconds, tile
+    return Measurement(library, *best, *(fastest or ()))
+
+
+def cuda_tiles(rows: int) -> list[str]:
+    """The tiles of our CUDA matmul that are worth a try; none where the kernels cannot run."""
+    if target.cuda_problem() is not None:
+        return []
+    return ["auto"] if rows <= 16 else cuda.hopper_tiles()
+
+
+def _check(result: Tensor, expected: Tensor, kernel: str, inputs: int) -> None:
+    """Raise RuntimeError for a product that is not the library's."""
+    error = float((result.float() - expected.float()).norm() / expected.float().norm())
+    # Both round to dtype, the library before scaling as well; their sums differ by the roundings of fp32.
+    if not error < 4 * torch.finfo(result.dtype).eps + 4 * torch.finfo(torch.float32).eps * inputs**0.5:
+        raise RuntimeError(
+            f"scaled_linear in {kernel} differs from the library by {error:.2g} for {len(result)} rows, "
+            f"{inputs} -> {result.shape[-1]}, {result.dtype}; nothing was kept: please report it."
+        )

@@ -16,14 +16,17 @@ KERNELS_ORDER = (
     "target",
     "reference",
     "measured",
+    "chunks",
+    "cuda",
     "triton",
+    "matmul",
     "tuner",
     "backends",
     "autograd",
     "__init__",
 )
 # A folder of csrc may include those before it.
-CSRC_ORDER = ("core", "cpu", "cuda", "torch")
+CSRC_ORDER = ("include", "core", "cpu", "cuda", "torch")
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -4,7 +4,7 @@ Needs no network and no installation: it uses the Python that runs it, builds th
 three parts, each of which can be asked for alone:
 
     tests      the whole suite, operators on CUDA tensors
-    sanitize   compute-sanitizer's memcheck and racecheck over a small subset, where it is installed
+    sanitize   compute-sanitizer's memcheck, racecheck and initcheck over a small subset, where it is installed
     bench      the suites operators, train_step, decode and memory, into bench/results/<device>.json
 
 The last thing that it prints is a short table. With no GPU it says so and stops.
@@ -55,7 +55,11 @@ def _run(command: Sequence[str | Path], log: Path) -> bool:
 
 
 def build(output: Path) -> bool:
-    """The native library, in place; the Triton kernels compile when they are first used."""
+    """The native library, in place and for this GPU alone; the Triton kernels compile when they are first used."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    os.environ.setdefault("IA3_CUDA_ARCHITECTURES", str(10 * major + minor))
     return _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], output / "build.log")
 
 
@@ -72,7 +76,7 @@ def sanitize(output: Path, quick: bool) -> dict[str, str]:
     if tool is None:
         return {"sanitize": "skipped: compute-sanitizer is not installed"}
     verdicts = {}
-    for check in ("memcheck",) if quick else ("memcheck", "racecheck"):
+    for check in ("memcheck",) if quick else ("memcheck", "racecheck", "initcheck"):
         log = output / f"{check}.log"
         command = [tool, "--tool", check, "--error-exitcode", "1", sys.executable, "-m", "pytest", "-q", *SANITIZED]
         # The caching allocator hides overruns inside of its blocks.
@@ -87,6 +91,7 @@ def bench(output: Path, quick: bool) -> dict[str, str]:
     """The measurements: ``bench/results/<device>.json`` and a Markdown file beside the logs."""
     import torch
 
+    from bench.records import kernel_sources
     from ia3_kernels import target
 
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
@@ -104,7 +109,7 @@ def bench(output: Path, quick: bool) -> dict[str, str]:
         "triton": target.version("triton"),
         "transformers": target.version("transformers"),
         "peft": target.version("peft"),
-        "kernel sources": target.triton_sources(),
+        "kernel sources": kernel_sources(),
         "date": time.strftime("%Y-%m-%d"),
     }
     results = ROOT / "bench" / "results"

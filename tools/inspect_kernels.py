@@ -41,6 +41,8 @@ from ia3_kernels.schemas import ACTIVATIONS
 from ia3_kernels.triton import activation, linear, weight
 from ia3_kernels.tuning import Architecture
 
+from .pages import table_in, write_table
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -403,8 +405,6 @@ def problems(compiled: Compiled) -> list[str]:
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- table: triton -->", "<!-- end -->"
-
 
 def _cell(group: list[Compiled]) -> str:
     """Most registers, most shared memory, matmul instruction, TMA."""
@@ -449,18 +449,8 @@ def table(results: Iterable[Compiled]) -> str:
 
 def listed_rows(page: str) -> list[tuple[str, int, str]]:
     """The rows of the table in a page."""
-    text = page.split(BEGIN)[1].split(END)[0]
-    found = re.findall(r"^\| `(\w+)` \| (\d+) \| (.+?) \|", text, re.MULTILINE)
+    found = re.findall(r"^\| `(\w+)` \| (\d+) \| (.+?) \|", table_in(page, "triton"), re.MULTILINE)
     return [(kernel, int(bits), tile) for kernel, bits, tile in found]
-
-
-def write_table(path: Path, text: str) -> None:
-    """Replace what stands between the markers."""
-    page = path.read_text("utf-8")
-    if page.count(BEGIN) != 1 or END not in page.split(BEGIN)[1]:
-        raise ValueError(f"{path} has no {BEGIN} followed by {END}; put the two lines where the table belongs.")
-    before, rest = page.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}", "utf-8")
 
 
 def main() -> int:
@@ -476,7 +466,7 @@ def main() -> int:
     for text in broken:
         print(text, file=sys.stderr)
     if not broken and arguments.write:
-        write_table(arguments.write, table(results))
+        write_table(arguments.write, "triton", table(results))
     else:
         print(table(results))
     return bool(broken)

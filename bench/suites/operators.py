@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ia3_kernels
-from ia3_kernels import target
+from ia3_kernels import cuda, target
+from ia3_kernels.backends import cuda as cuda_backend
 from ia3_kernels.backends import native, triton
 
 from .. import eager, measure
@@ -47,6 +48,16 @@ def run(settings: Settings, recorder: Recorder) -> None:
 
 
 # --- activations: bound by memory, so held against copying tensors of the same size ------------------------------
+
+
+def _by_backend(op: str, settings: Settings, dtype: torch.dtype) -> dict[str, Callable[..., object]]:
+    """The backends beside the chosen one that also run an operator here: their kernels by the backends' names."""
+    chosen = ia3_kernels.explain(op, settings.device, dtype).backend
+    return {
+        backend.name: backend.operators[op]
+        for backend in (triton.BACKEND, cuda_backend.BACKEND)
+        if backend.name != chosen and not backend.unavailable() and not backend.gap(op, settings.device.type, dtype)
+    }
 
 
 def _native(op: str, settings: Settings, dtype: torch.dtype) -> Callable[..., object] | None:
@@ -93,6 +104,8 @@ def _activation(settings: Settings, recorder: Recorder, dtype: str, op: str, act
     if (kernel := _native(op, settings, DTYPES[dtype])) is not None:
         output = torch.empty_like(inputs[0])
         forward["ours, given output"] = partial(kernel, *inputs, scale, activation, out=output)
+    for name, kernel in _by_backend(op, settings, DTYPES[dtype]).items():
+        forward[f"ours, {name}"] = partial(kernel, *inputs, scale, activation)
     # Reads its inputs, writes the output.
     case = f"{op} {activation} forward {size}x{size}"
     with torch.no_grad():
@@ -111,6 +124,8 @@ def _activation(settings: Settings, recorder: Recorder, dtype: str, op: str, act
         outputs = {name: torch.empty_like(inputs[0]) for name in (("out_gate", "out_up") if gated else ("out",))}
         mask = [True] * len(leaves)
         backward["ours, given output"] = partial(kernel, output_grad, *inputs, scale, activation, None, mask, **outputs)
+    for name, kernel in _by_backend(f"{op}_backward", settings, DTYPES[dtype]).items():
+        backward[f"ours, {name}"] = partial(kernel, output_grad, *inputs, scale, activation, None, [True] * len(leaves))
     # Reads the output's gradient and the inputs, writes the inputs' gradients.
     times = measure.interleave(backward | _copies(one, settings), settings.rounds(20), warmup=3, device=settings.device)
     _add_shares(recorder, case.replace("forward", "backward"), dtype, times, (2 * len(inputs) + 1) * one, 2 * one)
@@ -182,6 +197,13 @@ def _triton_matmul(settings: Settings, dtype: torch.dtype) -> Callable[..., Tens
     return partial(linear.matmul, architecture=target.architecture(target.device_index(settings.device)))
 
 
+def _cuda_matmul(
+    x: Tensor, weight: Tensor, input_scale: Tensor | None = None, output_scale: Tensor | None = None
+) -> Tensor | None:
+    """Our CUDA kernels whatever was measured before; None for shapes that they do not take."""
+    return cuda.matmul(x, weight, None, input_scale, output_scale, None)
+
+
 def _linear_times(
     settings: Settings, dtype: torch.dtype, wide: int, narrow: int, rows: int, side: str
 ) -> tuple[dict[str, list[float]], int]:
@@ -198,6 +220,8 @@ def _linear_times(
         "linear": _cold(lambda w: F.linear(x, w), weights, 2 * third),
     }
     if settings.on_gpu:
+        if target.cuda_problem() is None and _cuda_matmul(x, weight, **scales) is not None:
+            fns["cuda"] = _cold(lambda w: _cuda_matmul(x, w, **scales), weights, third + third // 2)
         if (matmul := _triton_matmul(settings, dtype)) is not None:
             fns["triton"] = _cold(lambda w: matmul(x, w, **scales), weights, third // 2)
         count = 32 if rows <= 64 else 4
@@ -229,6 +253,8 @@ def _weight(settings: Settings, recorder: Recorder, dtype: str) -> None:
             "eager": partial(merge, scale, dim),
             **_copies(weight.nbytes, settings),
         }
+        for name, kernel in _by_backend("scale_weight_", settings, DTYPES[dtype]).items():
+            fns[f"ours, {name}"] = partial(kernel, weight, scale, dim)
         times = measure.interleave(fns, settings.rounds(15), warmup=2, device=settings.device)
         case = f"scale_weight_ dim {dim} {rows}x{columns}"
         _add_shares(recorder, case, dtype, times, 2 * weight.nbytes, 2 * weight.nbytes)

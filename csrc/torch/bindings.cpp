@@ -1,25 +1,16 @@
 // The Python module ia3_kernels._C: the operators as a backend, and `direct`, the short cut past the dispatcher.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "../cpu/kernels.h"
 #include "operators.h"
+#include "python.h"
 
 namespace py = pybind11;
 
 namespace ia3 {
 namespace {
-
-// Inside an operator nothing is differentiated or autocast: the dispatcher has done that, or had no need to.
-struct BelowAutograd {
-  at::AutoDispatchBelowADInplaceOrView autograd;
-  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
-  py::gil_scoped_release release;
-};
 
 at::Tensor backend_scaled_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                  const OptionalTensor& input_scale, const OptionalTensor& output_scale,
@@ -199,4 +190,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   direct.def("gated_activation", &direct_gated_activation);
   direct.def("scaled_activation", &direct_scaled_activation);
   direct.def("scale_weight_", &direct_scale_weight_);
+
+#if defined(IA3_WITH_CUDA)
+  auto cuda = m.def_submodule("cuda", "The CUDA kernels; ia3_kernels/backends/cuda.py checks what comes here.");
+  bind_cuda(cuda);
+#endif
 }

@@ -15,10 +15,10 @@ import torch
 
 from .. import target
 from ..schemas import LIBRARY, SCHEMAS
-from . import native, reference, triton
+from . import cuda, native, reference, triton
 from .base import Backend
 
-_BACKENDS: tuple[Backend, ...] = (native.BACKEND, triton.BACKEND, reference.BACKEND)
+_BACKENDS: tuple[Backend, ...] = (native.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
 
 
 @dataclass(frozen=True)

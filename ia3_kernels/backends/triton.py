@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import measured, target
-from ..tuning import linear_launch
+from .. import matmul, target
 from .base import Backend
 
 
@@ -29,10 +28,10 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 def _operators() -> Mapping[str, Callable[..., object]]:
     if target.triton_problem() is not None:
         return {}
-    from ..triton import activation, linear, weight
+    from ..triton import activation, weight
 
     functions: dict[str, Callable[..., Any]] = {
-        "scaled_linear": linear.scaled_linear,
+        "scaled_linear": functools.partial(matmul.scaled_linear, activation.forward),
         "gated_activation": activation.gated_activation,
         "scaled_activation": activation.scaled_activation,
         "scale_weight_": weight.scale_weight_,
@@ -43,17 +42,7 @@ def _operators() -> Mapping[str, Callable[..., object]]:
 
 
 def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
-    if op != "scaled_linear":
-        return ""
-    if shape is None:
-        return f"matmul: {target.gpu_matmul()}, decided by shape"
-    index = None if device.type == "cpu" else target.device_index(device)
-    rows, outputs, inputs = shape
-    route, launch, reason = measured.linear_route(index, rows, outputs, inputs, dtype, False)
-    if route == "triton":
-        launch = launch or linear_launch(rows, outputs, inputs, dtype.itemsize, target.architecture(index), True)
-        return f"matmul: Triton, {launch}; {reason}"
-    return f"matmul: the library, and a pass over the output; {reason}"
+    return matmul.describe(device, dtype, shape) if op == "scaled_linear" else ""
 
 
 BACKEND = Backend(

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..chunks import chunks_by_adapter
 from ..schemas import check_activation
 from ..tuning import ActivationLaunch, activation_launch
 from .functions import activate, activate_with_derivative, load_scale, round_to
@@ -165,45 +165,6 @@ def reduce_partials_kernel(
 
 
 # --- host ----------------------------------------------------------------------------------------------------------
-
-
-class Chunks(NamedTuple):
-    """Rows sorted by adapter and cut into chunks of one adapter each, as tensors on the device; nothing is read back.
-
-    order: ``[rows]`` int64. first, last, adapter: ``[chunks]`` int32, a chunk being ``order[first:last]``.
-    adapter_first, adapter_last: ``[adapters]`` int32, the chunks of each.
-    """
-
-    order: Tensor
-    first: Tensor
-    last: Tensor
-    adapter: Tensor
-    adapter_first: Tensor
-    adapter_last: Tensor
-
-
-def chunks_by_adapter(index: Tensor, adapters: int, chunk: int) -> Chunks:
-    """Cut the rows with ``index`` (flat, int32) into chunks; rows of no known adapter come last."""
-    rows = index.numel()
-    known = (index >= 0) & (index < adapters)
-    # -1 (ones) and an index without a row (NaN) are two further groups, after the adapters.
-    group = torch.where(known, index, torch.where(index == -1, adapters, adapters + 1)).long()
-    order = torch.argsort(group, stable=True)
-    groups = torch.arange(adapters + 2, device=index.device)
-    ends = torch.searchsorted(group[order], groups, right=True)
-    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
-    counts = (ends - begins + chunk - 1) // chunk
-    chunk_ends = counts.cumsum(0)
-    chunk_begins = chunk_ends - counts
-    # As many chunks as there can be: the host does not know the counts. Those left over begin behind the last row.
-    chunks = torch.arange(rows // chunk + min(rows, adapters + 2), device=index.device)
-    owner = torch.searchsorted(chunk_ends, chunks, right=True).clamp_max(adapters + 1)
-    first = begins[owner] + (chunks - chunk_begins[owner]) * chunk
-    last = torch.minimum(first + chunk, ends[owner])
-    # The last group gets an index that load_scale turns into NaN, the one before it -1.
-    adapter = torch.where(owner < adapters, owner, torch.where(owner == adapters, -1, -2))
-    as_int32 = (tensor.to(torch.int32) for tensor in (first, last, adapter, chunk_begins, chunk_ends))
-    return Chunks(order, *as_int32)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -27,10 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import measured, target
-from ..schemas import check_scaled_linear
 from ..tuning import Architecture, LinearLaunch, linear_launch
-from . import activation
 from .activation import as_rows
 from .functions import INTERPRETED, load_scale, round_to
 
@@ -256,52 +253,3 @@ def matmul(
             num_warps=4,
         )
     return out
-
-
-def library(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    input_scale: Tensor | None = None,
-    output_scale: Tensor | None = None,
-    adapter_index: Tensor | None = None,
-) -> Tensor:
-    """``scaled_linear`` with the library's product, and a pass over the output in place, 2 T N b bytes.
-
-    The product is rounded before it is scaled, as the eager formula does; the pass itself rounds once.
-    """
-    if input_scale is not None:
-        x = activation.forward(x, None, input_scale, "identity", adapter_index)
-    y = torch.nn.functional.linear(x, weight, bias)
-    if output_scale is not None:
-        activation.forward(y, None, output_scale, "identity", adapter_index, out=y)
-    return y
-
-
-def scaled_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    input_scale: Tensor | None = None,
-    output_scale: Tensor | None = None,
-    adapter_index: Tensor | None = None,
-) -> Tensor:
-    check_scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
-    index = x.device.index
-    rows = x.numel() // max(x.shape[-1], 1)
-    outputs, inputs = weight.shape
-    route, launch, _ = measured.linear_route(index, rows, outputs, inputs, x.dtype, weight.stride(1) != 1)
-    if route == "library":
-        return library(x, weight, bias, input_scale, output_scale, adapter_index)
-    if input_scale is not None or adapter_index is not None:
-        launch = None  # measured with an output scale alone; these need registers and shared memory for more
-    return matmul(
-        x,
-        weight,
-        bias,
-        input_scale,
-        output_scale,
-        adapter_index,
-        architecture=target.architecture(index),
-        launch=launch,
-    )

@@ -11,7 +11,6 @@ import torch
 
 from bench import __main__ as command
 from bench import records, report
-from ia3_kernels import target
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,5 +86,5 @@ def test_results_of_gpus_are_of_these_kernels() -> None:
     """A warning, no failure: a change of the kernels comes before a GPU to measure it on."""
     for path in (ROOT / "bench" / "results").glob("*.environment.json"):
         measured = json.loads(path.read_text("utf-8"))["kernel sources"]
-        if measured != target.triton_sources():
+        if measured != records.kernel_sources():
             warnings.warn(f"{path.name} is of other kernel sources; run make gpu-check on that GPU again", stacklevel=1)

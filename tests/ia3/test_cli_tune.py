@@ -52,8 +52,8 @@ def test_what_it_measures_is_kept_and_decides_the_route(gpu: list[Any], capsys: 
     assert gpu == [(4, 1024, 3072, torch.bfloat16, False), (512, 1024, 3072, torch.bfloat16, False)]
     assert "Imaginary GPU 1000" in capsys.readouterr().out
     routes = {rows: measured.linear_route(0, rows, 1024, 3072, torch.bfloat16, False) for rows in (3, 4, 512, 4096)}
-    assert [routes[rows][0] for rows in (3, 4, 512, 4096)] == ["triton", "triton", "library", "library"]
-    assert "not measured" in routes[4096][2]
+    assert [routes[rows].name for rows in (3, 4, 512, 4096)] == ["triton", "triton", "library", "library"]
+    assert "not measured" in routes[4096].reason
     assert main(["tune", "--shape", "64x64", "--rows", "1"]) == 0  # adds to what is there
     assert measured.linear_route(0, 4, 1024, 3072, torch.bfloat16, False)[0] == "triton"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +10,27 @@ import torch
 from torch import Tensor
 
 import ia3_kernels as kernels
+from ia3_kernels import backends, target
 
 from .helpers import assert_accurate
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.usefixtures("backend"),
+]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both sets of GPU kernels, each with its own matmul."""
+    problem = {"triton": target.triton_problem, "cuda": target.cuda_problem}[request.param]()
+    if problem is not None:
+        pytest.skip(problem)
+    monkeypatch.setenv(target.BACKEND_VARIABLE, request.param)
+    monkeypatch.setenv(target.GPU_MATMUL_VARIABLE, request.param)
+    backends.choose.cache_clear()
+    yield request.param
+    backends.choose.cache_clear()
 
 
 def _calls(device: str = "cuda") -> dict[str, tuple[Callable[..., Tensor], list[Any]]]:

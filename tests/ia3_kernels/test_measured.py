@@ -39,9 +39,7 @@ def _measure(library: float, triton: float, rows: int = SHAPE[0]) -> None:
     measured.write(measured.path_of(0), {key: Measurement(library, triton, LAUNCH)})
 
 
-def _route(
-    rows: int = SHAPE[0], outputs: int = SHAPE[1], index: int | None = 0
-) -> tuple[str, LinearLaunch | None, str]:
+def _route(rows: int = SHAPE[0], outputs: int = SHAPE[1], index: int | None = 0) -> measured.Route:
     return measured.linear_route(index, rows, outputs, SHAPE[2], torch.bfloat16, False)
 
 
@@ -74,7 +72,7 @@ def test_a_device_has_a_file_in_the_cache_folder(cache: Path, monkeypatch: pytes
     path = measured.path_of(0)
     assert path.parent == cache
     assert path.name.startswith(f"nvidia-h100-80gb-hbm3-torch{torch.__version__.split('+')[0]}")
-    assert path.name.endswith(f"{target.triton_sources()}.json")
+    assert path.name.endswith(f"{target.kernel_sources()}.json")
     assert measured.path_of(1) != path
     monkeypatch.setattr(target, "version", lambda _: "99.0")
     assert measured.path_of(0) != path
@@ -91,14 +89,16 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _damage() -> dict[str, bytes]:
-    entry = {"library": 1.0, "triton": 2.0, "launch": {field.name: 16 for field in fields(LinearLaunch)}}
+    launch = {field.name: 16 for field in fields(LinearLaunch)}
+    entry = {"library": 1.0, "triton": 2.0, "launch": launch, "cuda": None, "tile": "auto"}
     without = {**entry, "launch": dict.fromkeys([field.name for field in fields(LinearLaunch)][1:], 16)}
     contents = {
         "a number": 3,
         "a list": [entry],
         "no measurements": {"other": {}},
         "a list of measurements": {"measurements": [entry]},
-        "no launch": {"measurements": {"k": {"library": 1.0, "triton": 2.0}}},
+        "no launch": {"measurements": {"k": {name: value for name, value in entry.items() if name != "launch"}}},
+        "no tile": {"measurements": {"k": {name: value for name, value in entry.items() if name != "tile"}}},
         "half a launch": {"measurements": {"k": without}},
         "times in words": {"measurements": {"k": {**entry, "triton": "fast"}}},
         "no times": {"measurements": {"k": {**entry, "library": None}}},
@@ -128,9 +128,9 @@ def test_no_file_and_a_folder_in_its_place_are_as_none(cache: Path) -> None:
 
 def test_the_library_runs_where_nothing_was_measured(cache: Path) -> None:
     for index in (0, None):
-        route, launch, reason = _route(index=index)
-        assert (route, launch) == ("library", None)
-        assert "not measured" in reason
+        route = _route(index=index)
+        assert (route.name, route.launch) == ("library", None)
+        assert "not measured" in route.reason
     _measure(2.0, 1.0)
     assert _route(outputs=4096)[0] == "library"
     assert _route(rows=1024)[0] == "library"
@@ -141,9 +141,18 @@ def test_the_library_runs_where_nothing_was_measured(cache: Path) -> None:
 def test_the_faster_runs_where_it_was_measured(cache: Path, library: float, triton: float, faster: str) -> None:
     _measure(library, triton)
     for rows in (257, 512):
-        route, launch, reason = _route(rows=rows)
-        assert (route, launch) == (faster, LAUNCH)
-        assert reason == f"measured: library {library * 1e6:.1f} us, Triton {triton * 1e6:.1f} us"
+        route = _route(rows=rows)
+        assert (route.name, route.launch, route.tile) == (faster, LAUNCH, "auto")
+        assert route.reason == f"measured: library {library * 1e6:.1f} us, Triton {triton * 1e6:.1f} us"
+
+
+@pytest.mark.parametrize(("cuda", "fastest"), [(0.5e-5, "cuda"), (1e-5, "triton"), (3e-5, "triton")])
+def test_cuda_kernels_run_where_they_were_measured_to_be_the_fastest(cache: Path, cuda: float, fastest: str) -> None:
+    key = measured.linear_key(*SHAPE, torch.bfloat16, False)
+    measured.write(measured.path_of(0), {key: Measurement(2e-5, 1e-5, LAUNCH, cuda, "128x256x64 cooperative")})
+    route = _route()
+    assert (route.name, route.tile) == (fastest, "128x256x64 cooperative")
+    assert route.reason.endswith(f"Triton 10.0 us, CUDA {cuda * 1e6:.1f} us")
 
 
 def test_a_tie_goes_to_the_library(cache: Path) -> None:
@@ -151,21 +160,31 @@ def test_a_tie_goes_to_the_library(cache: Path) -> None:
     assert _route()[0] == "library"
 
 
-@pytest.mark.parametrize("wanted", ["library", "triton", " Triton "])
+@pytest.mark.parametrize("wanted", ["library", "triton", " Triton ", "cuda"])
 @pytest.mark.parametrize("is_measured", [False, True])
 def test_a_route_can_be_asked_for(cache: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, is_measured: bool) -> None:
+    for kernels in ("triton", "cuda"):
+        monkeypatch.setattr(target, f"{kernels}_problem", lambda: None)
     if is_measured:
         _measure(*((2.0, 1.0) if wanted == "library" else (1.0, 2.0)))
     monkeypatch.setenv("IA3_GPU_MATMUL", wanted)
-    route, launch, reason = _route()
-    assert route == wanted.strip().lower()
-    assert launch == (LAUNCH if is_measured else None)
-    assert reason == f"asked for by IA3_GPU_MATMUL={route}"
+    route = _route()
+    assert route.name == wanted.strip().lower()
+    assert route.launch == (LAUNCH if is_measured else None)
+    assert route.reason == f"asked for by IA3_GPU_MATMUL={route.name}"
+
+
+@pytest.mark.parametrize("wanted", ["triton", "cuda"])
+def test_a_route_that_is_asked_for_and_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    monkeypatch.setenv("IA3_GPU_MATMUL", wanted)
+    monkeypatch.setattr(target, f"{wanted}_problem", lambda: "there is no GPU.")
+    with pytest.raises(RuntimeError, match=rf"^IA3_GPU_MATMUL is '{wanted}', but there is no GPU\.$"):
+        _route()
 
 
 def test_another_route_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IA3_GPU_MATMUL", "cublas")
-    with pytest.raises(ValueError, match=r"^IA3_GPU_MATMUL is 'cublas'; expected auto, library or triton\.$"):
+    with pytest.raises(ValueError, match=r"^IA3_GPU_MATMUL is 'cublas'; expected auto, library, triton or cuda\.$"):
         _route()
 
 
@@ -184,17 +203,17 @@ def test_measurements_of_other_sources_do_not_count(
     package = tmp_path_factory.mktemp("package") / "ia3_kernels"
     shutil.copytree(Path(target.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     monkeypatch.setattr(target, "__file__", str(package / "target.py"))
-    target.triton_sources.cache_clear()
+    target.kernel_sources.cache_clear()
     try:
         assert measured.path_of(0) == before
         with (package / changed).open("a", encoding="utf-8") as source:
             source.write("# another\n")
-        target.triton_sources.cache_clear()
+        target.kernel_sources.cache_clear()
         measured.of_device.cache_clear()
         assert measured.path_of(0) != before
         assert _route()[0] == "library"
     finally:
-        target.triton_sources.cache_clear()
+        target.kernel_sources.cache_clear()
 
 
 # --- launches ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 import ia3_kernels as kernels
 from ia3_kernels import backends, target
 
+from . import emulated, emulated_bindings
 from .helpers import DTYPES, assert_accurate, eager_activation_backward, error, needs_native, poison_new_memory
 
 BACKENDS = [status.name for status in backends.report() if status.available]
@@ -22,7 +23,9 @@ def _runs() -> list[tuple[str, str]]:
     """(backend, device) of what this machine can run."""
     if target.is_interpreted():
         return [("triton", "cpu")]
-    runs = [(name, "cpu") for name in BACKENDS if name != "triton"]
+    runs = [(name, "cpu") for name in BACKENDS if name not in ("triton", "cuda")]
+    if emulated.COMPILER is not None:
+        runs += [("cuda", "emulated")]
     if torch.cuda.is_available():
         runs += [(name, "cuda") for name in BACKENDS if name != "native"]
     return runs
@@ -34,6 +37,10 @@ def operators(
 ) -> Iterator[dict[str, Callable[..., Any]]]:
     """A backend's operators; tensors that a test makes are made on its device."""
     name, device = request.param
+    if device == "emulated":
+        with emulated_bindings.operators(monkeypatch) as found:
+            yield found
+        return
     with nullcontext() if device == "cpu" else torch.device(device):
         torch.empty(0)  # torch notes which functions make tensors, before one is replaced
         if name == "triton":
@@ -41,9 +48,9 @@ def operators(
         yield dict(backends.get(name).operators)
 
 
-@pytest.fixture(params=["library", "triton"] if "triton" in BACKENDS else ["auto"])
+@pytest.fixture(params=["library", *(name for name in ("triton", "cuda") if name in BACKENDS)])
 def matmul(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of the Triton backend to a product."""
+    """Every way of a GPU to a product."""
     monkeypatch.setenv(target.GPU_MATMUL_VARIABLE, request.param)
 
 
@@ -80,6 +87,7 @@ def _layouts(rows: int, cols: int, dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("adapters", [0, 3])
 def test_scaled_linear(
+    request: pytest.FixtureRequest,
     operators: dict[str, Callable[..., Any]],
     dtype: torch.dtype,
     shape: tuple[int, int, int],
@@ -87,6 +95,8 @@ def test_scaled_linear(
     adapters: int,
 ) -> None:
     rows, inputs, outputs = shape
+    if "emulated" in request.node.callspec.id and inputs * outputs > 10**6:
+        pytest.skip("a minute in the emulator; test_cuda_emulated has sizes for it")
     x = torch.randn(rows, inputs).to(dtype)
     weight = torch.randn(inputs, outputs).to(dtype).t() if transposed else torch.randn(outputs, inputs).to(dtype)
     bias = torch.randn(outputs).to(dtype)

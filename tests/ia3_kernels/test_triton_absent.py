@@ -104,4 +104,4 @@ def test_what_it_does_not_run_is_said() -> None:
 def test_a_wrong_route_is_said() -> None:
     code = "import torch, ia3_kernels as k; k.scaled_linear(torch.ones(2, 3), torch.ones(4, 3))"
     done = _run(code, IA3_BACKEND="triton", TRITON_INTERPRET="1", IA3_GPU_MATMUL="fast")
-    assert "IA3_GPU_MATMUL is 'fast'; expected auto, library or triton." in done.stderr.strip().splitlines()[-1]
+    assert "IA3_GPU_MATMUL is 'fast'; expected auto, library, triton or cuda." in done.stderr.strip().splitlines()[-1]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import ia3_kernels as kernels
-from ia3_kernels import reference
+from ia3_kernels import matmul, reference
+from ia3_kernels.chunks import chunks_by_adapter
 from ia3_kernels.triton import activation, linear, weight
 from ia3_kernels.tuning import ActivationLaunch, Architecture, LinearLaunch
 
@@ -126,7 +127,7 @@ def test_the_epilogue_behind_the_library_is_in_place(dtype: torch.dtype, monkeyp
 
     monkeypatch.setattr(torch.nn.functional, "linear", recorded)
     before = [tensor.clone() for tensor in (x, w, bias)]
-    result = linear.library(x, w, bias, None, vectors, index)
+    result = matmul.library(activation.forward, x, w, bias, None, vectors, index)
     assert len(products) == 1
     assert result is products[0]
     monkeypatch.undo()
@@ -172,7 +173,7 @@ def _chunks_in_python(index: list[int], adapters: int, chunk: int) -> list[tuple
     ],
 )
 def test_chunks_are_those_of_a_plain_loop(index: list[int], adapters: int, chunk: int) -> None:
-    table = activation.chunks_by_adapter(torch.tensor(index, dtype=torch.int32), adapters, chunk)
+    table = chunks_by_adapter(torch.tensor(index, dtype=torch.int32), adapters, chunk)
     order = table.order.tolist()
     filled = [
         (adapter, order[first:last])

@@ -35,7 +35,7 @@ def run(model: Path | None, shapes: list[str], dtype: str, rows: list[int]) -> N
     found = dict(measured.read(path))
     kind: torch.dtype = getattr(torch, dtype)
     jobs = [(count, *shape) for shape in sorted(wanted) for count in rows]
-    table = Table("rows", "out x in", "library", "Triton", "route", title=torch.cuda.get_device_name(index))
+    table = Table("rows", "out x in", "library", "Triton", "CUDA", "route", title=torch.cuda.get_device_name(index))
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=len(jobs))
         for count, outputs, inputs, is_transposed in jobs:
@@ -47,6 +47,7 @@ def run(model: Path | None, shapes: list[str], dtype: str, rows: list[int]) -> N
                 f"{outputs} x {inputs}" + (" (Conv1D)" if is_transposed else ""),
                 f"{result.library * 1e6:.1f} us",
                 f"{result.triton * 1e6:.1f} us",
+                "-" if result.cuda is None else f"{result.cuda * 1e6:.1f} us",
                 result.route,
             )
             progress.advance(task)

@@ -1,0 +1,37 @@
+"""The compiled CUDA kernels of ``csrc/`` as a backend."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from .. import cuda, matmul, target
+from .base import Backend
+
+
+def _operators() -> Mapping[str, Callable[..., object]]:
+    return {
+        "scaled_linear": functools.partial(matmul.scaled_linear, cuda.forward),
+        "gated_activation": cuda.gated_activation,
+        "scaled_activation": cuda.scaled_activation,
+        "scale_weight_": cuda.scale_weight_,
+        "gated_activation_backward": cuda.gated_activation_backward,
+        "scaled_activation_backward": cuda.scaled_activation_backward,
+    }
+
+
+def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
+    return matmul.describe(device, dtype, shape) if op == "scaled_linear" else ""
+
+
+BACKEND = Backend(
+    name="cuda",
+    description="compiled CUDA kernels",
+    device_types=frozenset({"cuda"}),
+    dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    operators=_operators(),
+    unavailable=target.cuda_problem,
+    detail=_detail,
+)

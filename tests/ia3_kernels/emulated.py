@@ -1,0 +1,413 @@
+"""csrc/cuda compiled for the host (``cuda_emulator``), behind its C interface, on CPU tensors.
+
+Everything that a kernel is given lies in memory of NaN, and what it writes in memory that must stay as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ia3_kernels import ACTIVATIONS
+from ia3_kernels.chunks import chunks_by_adapter
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = Path(__file__).with_name("cuda_emulator")
+SOURCES = [
+    *(ROOT / "csrc/cuda" / f"{name}.cu" for name in ("activation", "activation_backward", "small_linear", "weight")),
+    ROOT / "csrc/cuda/status.cpp",
+    EMULATOR / "scalars.cpp",
+]
+COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ was not found, which compiles the CUDA emulator")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of ia3_dtype
+OK, INVALID, UNSUPPORTED, CUDA_ERROR = range(4)
+NAN = float("nan")
+
+
+class Failure(Exception):
+    """A status other than IA3_OK, with the sentence of ia3_last_error()."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+# --- the C structures ----------------------------------------------------------------------------------------------
+
+
+class Scale(ctypes.Structure):
+    _fields_ = [("scale", ctypes.c_void_p), ("index", ctypes.c_void_p), ("adapters", ctypes.c_int32)]
+
+
+class ActivationArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("gate", ctypes.c_void_p),
+        ("gate_stride", ctypes.c_int64),
+        ("up", ctypes.c_void_p),
+        ("up_stride", ctypes.c_int64),
+        ("scale", Scale),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+    ]
+
+
+class Chunks(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("order", "first", "last", "adapter", "adapter_first", "adapter_last")),
+        ("chunks", ctypes.c_int64),
+    ]
+
+
+class BackwardArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("grad", ctypes.c_void_p),
+        ("grad_stride", ctypes.c_int64),
+        ("gate", ctypes.c_void_p),
+        ("gate_stride", ctypes.c_int64),
+        ("up", ctypes.c_void_p),
+        ("up_stride", ctypes.c_int64),
+        ("scale", Scale),
+        ("chunks", ctypes.POINTER(Chunks)),
+        ("grad_gate", ctypes.c_void_p),
+        ("grad_up", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+class ScaleWeightArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64),
+        ("row_scale", ctypes.c_void_p),
+        ("col_scale", ctypes.c_void_p),
+    ]
+
+
+class LinearOutput(ctypes.Structure):
+    _fields_ = [
+        ("out", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("scale", Scale),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_int64),
+    ]
+
+
+class SmallLinearArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("in_", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("input_scale", Scale),
+        ("transposed", ctypes.c_int),
+        ("count", ctypes.c_int),
+        ("outputs", LinearOutput * 4),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+# --- the library ---------------------------------------------------------------------------------------------------
+
+
+def compile_source(source: Path, folder: Path) -> Path:
+    made = folder / f"{source.name}.o"
+    # Without _FORTIFY_SOURCE, which takes the emulator's jumps between stacks for an attack.
+    options = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{EMULATOR}", "-Wno-unknown-pragmas"]
+    facts = ["-DIA3_CUDA_ARCHITECTURES=80,90", '-DIA3_CUDA_SOURCES="emulated"']
+    command = [str(COMPILER), *options, *facts, "-x", "c++", "-c", str(source), "-o", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels, compiled once a session."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(lambda source: compile_source(source, folder), SOURCES))
+        made = folder / "emulated.so"
+        subprocess.run([str(COMPILER), "-shared", *map(str, objects), "-o", str(made)], check=True)
+        loaded = ctypes.CDLL(str(made))
+    loaded.ia3_last_error.restype = ctypes.c_char_p
+    loaded.emulator_launches.restype = ctypes.c_int64
+    loaded.emulated_rows_per_chunk.restype = ctypes.c_int64
+    loaded.emulated_sum.restype = ctypes.c_float
+    for function in ("activation_backward", "small_linear"):
+        getattr(loaded, f"ia3_cuda_{function}_workspace").restype = ctypes.c_size_t
+    return loaded
+
+
+def call(function: str, args: ctypes.Structure) -> None:
+    """Run a function of the C interface; raises Failure."""
+    status = getattr(library(), f"ia3_cuda_{function}")(ctypes.byref(args), None)
+    if status != OK:
+        raise Failure(status, library().ia3_last_error().decode())
+
+
+# --- tensors for it ------------------------------------------------------------------------------------------------
+
+
+def between(tensor: Tensor, offset: int = 0, stride_offset: int = 0) -> Tensor:
+    """The same values as a view in memory of NaN, with rows on 16 bytes.
+
+    offset, stride_offset: elements by which the first row, and the distance between rows, miss that.
+    """
+    rows, cols = (1, tensor.numel()) if tensor.dim() == 1 else tensor.shape
+    stride = -(-cols // 8) * 8 + 32 + stride_offset
+    memory = torch.full(((rows + 1) * stride + 64,), NAN).to(tensor.dtype)
+    view = memory.as_strided((rows, cols), (stride, 1), 32 + offset)
+    view.copy_(tensor.reshape(rows, cols))
+    return view[0] if tensor.dim() == 1 else view
+
+
+def intact(view: Tensor) -> bool:
+    """Whether the memory around a view is still NaN."""
+    memory = view._base
+    assert memory is not None
+    return int((~memory.isnan()).sum()) == int((~view.isnan()).sum())
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or not tensor.numel() else tensor.data_ptr()
+
+
+def _scale(scale: Tensor | None, index: Tensor | None) -> Scale:
+    adapters = 0 if scale is None or scale.dim() == 1 else scale.shape[0]
+    return Scale(_pointer(scale), _pointer(index), adapters)
+
+
+def dense(tensor: Tensor, offset: int = 0) -> Tensor:
+    """The same values contiguous in memory of NaN, ``offset`` elements off 16 bytes."""
+    memory = tensor.new_full((tensor.numel() + 128,), NAN)
+    view = memory[64 + offset : 64 + offset + tensor.numel()].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+class Emulated:
+    """The operators of ``reference``, computed by the kernels.
+
+    offset, stride_offset: elements by which matrices and vectors lie off 16 bytes, and rows of matrices; where ``only``
+    is given, those of this name. chunk: rows of a chunk where there are adapters.
+    """
+
+    def __init__(self, offset: int = 0, stride_offset: int = 0, only: str | None = None, chunk: int = 4) -> None:
+        self.offset = offset
+        self.stride_offset = stride_offset
+        self.only = only
+        self.chunk = chunk
+
+    def _matrix(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return between(tensor, self.offset, self.stride_offset) if self.only in (None, name) else between(tensor)
+
+    def _vector(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else dense(tensor, self.offset if self.only in (None, name) else 0)
+
+    def _result(self, name: str, like: Tensor, cols: int) -> Tensor:
+        result = self._matrix(name, like.new_full((like.shape[0], cols), NAN))
+        assert result is not None
+        return result
+
+    def _workspace(self, function: str, args: ctypes.Structure) -> Tensor:
+        size = getattr(library(), f"ia3_cuda_{function}_workspace")(ctypes.byref(args))
+        memory = torch.full((size + 32,), 0xFF, dtype=torch.uint8)
+        skip = -memory.data_ptr() % 16
+        args.workspace = memory.data_ptr() + skip
+        self._guard = (memory, skip + size)
+        return memory
+
+    def _check_workspace(self) -> None:
+        memory, end = self._guard
+        assert bool((memory[end:] == 0xFF).all()), "the kernel wrote behind its workspace"
+
+    # --- activations ---
+
+    def gated_activation(
+        self,
+        gate: Tensor,
+        up: Tensor | None,
+        scale: Tensor | None = None,
+        activation: str = "silu",
+        index: Tensor | None = None,
+    ) -> Tensor:
+        g, u, s = self._matrix("gate", gate), self._matrix("up", up), self._vector("scale", scale)
+        out = self._result("out", gate, gate.shape[1])
+        args = activation_args(g, u, s, activation, index, out)
+        call("activation", args)
+        assert intact(out)
+        return out
+
+    def scaled_activation(
+        self, x: Tensor, scale: Tensor | None = None, activation: str = "silu", index: Tensor | None = None
+    ) -> Tensor:
+        return self.gated_activation(x, None, scale, activation, index)
+
+    def gated_activation_backward(
+        self,
+        grad: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        scale: Tensor | None,
+        activation: str,
+        index: Tensor | None,
+        output_mask: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, cols = gate.shape
+        dh, g, u = self._matrix("grad", grad), self._matrix("gate", gate), self._matrix("up", up)
+        s = self._vector("scale", scale)
+        assert dh is not None
+        assert g is not None
+        blank = torch.full_like(gate, NAN)
+        grad_gate = self._vector("grad_gate", blank if output_mask[0] else None)
+        grad_up = self._vector("grad_up", blank if output_mask[1] and up is not None else None)
+        sums = torch.full_like(scale, NAN) if output_mask[2] and scale is not None else None
+        grad_scale = self._vector("grad_scale", sums)
+        args = BackwardArgs(
+            DTYPES.index(gate.dtype), ACTIVATIONS.index(activation), rows, cols, _pointer(dh), dh.stride(0), _pointer(g)
+        )
+        args.gate_stride = g.stride(0)
+        args.up, args.up_stride = _pointer(u), 0 if u is None else u.stride(0)
+        args.scale = _scale(s, None)
+        keep: list[Any] = []
+        if index is not None and scale is not None:
+            plan = chunks_by_adapter(index, scale.shape[0], self.chunk)
+            keep = [plan.order.int(), *plan[1:]]
+            args.chunks = ctypes.pointer(Chunks(*map(_pointer, keep), plan.first.numel()))
+            args.scale.adapters = scale.shape[0]
+        args.grad_gate, args.grad_up, args.grad_scale = map(_pointer, (grad_gate, grad_up, grad_scale))
+        workspace = self._workspace("activation_backward", args)
+        call("activation_backward", args)
+        self._check_workspace()
+        del workspace
+        nothing = gate.new_empty(0)
+        for result in (grad_gate, grad_up, grad_scale):
+            assert result is None or intact(result)
+        return (
+            nothing if grad_gate is None else grad_gate,
+            nothing if grad_up is None else grad_up,
+            grad_scale if grad_scale is not None else nothing if scale is None else scale.new_empty(0),
+        )
+
+    def scaled_activation_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor | None,
+        activation: str,
+        index: Tensor | None,
+        output_mask: Sequence[bool],
+    ) -> tuple[Tensor, Tensor]:
+        wants_x, wants_scale = output_mask
+        grad_x, _, grad_scale = self.gated_activation_backward(
+            grad, x, None, scale, activation, index, (wants_x, False, wants_scale)
+        )
+        return grad_x, grad_scale
+
+    # --- weights and linear layers ---
+
+    def scaled_weight(self, weight: Tensor, scale: Tensor, dim: int) -> Tensor:
+        """A copy of the weight after scale_weight_."""
+        w, s = self._matrix("weight", weight), self._vector("scale", scale)
+        assert w is not None
+        args = ScaleWeightArgs(DTYPES.index(weight.dtype), *weight.shape, _pointer(w), w.stride(0))
+        if dim == 0:
+            args.row_scale = _pointer(s)
+        else:
+            args.col_scale = _pointer(s)
+        call("scale_weight", args)
+        assert intact(w)
+        return w
+
+    def scaled_linears(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        input_scale: Tensor | None,
+        output_scales: Sequence[Tensor | None],
+        index: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Several layers of one input; all weights contiguous [out, in], or all transposes of contiguous [in, out]."""
+        rows, inputs = x.shape
+        transposed = not weights[0].is_contiguous()
+        given, s_in = self._matrix("x", x), self._vector("input_scale", input_scale)
+        assert given is not None
+        args = SmallLinearArgs(DTYPES.index(x.dtype), rows, inputs, _pointer(given), given.stride(0))
+        args.input_scale = _scale(s_in, index if input_scale is not None else None)
+        args.transposed, args.count = int(transposed), len(weights)
+        keep: list[Any] = [s_in]
+        results: list[Tensor] = []
+        for i, (weight, bias, scale) in enumerate(zip(weights, biases, output_scales, strict=True)):
+            stored = self._matrix("weight", weight.t() if transposed else weight)
+            assert stored is not None
+            b, s = self._vector("bias", bias), self._vector("scale", scale)
+            y = self._result("y", x, weight.shape[0])
+            s_out = _scale(s, index if scale is not None else None)
+            args.outputs[i] = LinearOutput(
+                weight.shape[0], _pointer(stored), stored.stride(0), _pointer(b), s_out, _pointer(y), y.stride(0)
+            )
+            keep += [stored, b, s]
+            results.append(y)
+        workspace = self._workspace("small_linear", args)
+        call("small_linear", args)
+        self._check_workspace()
+        del workspace
+        for y in results:
+            assert intact(y)
+        return results
+
+    def scaled_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        output_scale: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        return self.scaled_linears(x, [weight], [bias], input_scale, [output_scale], index)[0]
+
+
+def activation_args(
+    gate: Tensor | None, up: Tensor | None, scale: Tensor | None, activation: str, index: Tensor | None, out: Tensor
+) -> ActivationArgs:
+    assert gate is not None
+    args = ActivationArgs(DTYPES.index(gate.dtype), ACTIVATIONS.index(activation), *gate.shape)
+    args.gate, args.gate_stride = _pointer(gate), gate.stride(0)
+    args.up, args.up_stride = _pointer(up), 0 if up is None else up.stride(0)
+    args.scale = _scale(scale, index if scale is not None else None)
+    args.out, args.out_stride = _pointer(out), out.stride(0)
+    return args
