@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2) activation_bwd_kernel(const __gri
   if (p.call.grad_scale == nullptr) return;
 
   // Adapters without rows, shared out among the chunks' blocks
+#pragma unroll 1
   for (int64_t adapter = chunk_index; adapter < p.adapters; adapter += p.given.chunks) {
     const ChunkRange range = chunks_of(p, int32_t(adapter));
     if (owns && range.first >= range.last) p.call.grad_scale[adapter * cols + strip + thread] = 0.0f;

@@ -73,11 +73,20 @@ __device__ __forceinline__ T rounded(float value, T type) {
 
 // --- vectors of elements ------------------------------------------------------------------------------------------
 
+template <typename Wide>
+__device__ __forceinline__ Wide load_wide(const void* from) {
+#if !defined(__CUDACC__)
+  emulator::check_alignment(from, sizeof(Wide));
+#endif
+  return *static_cast<const Wide*>(from);
+}
+
 // In one instruction: behind a branch, nvcc takes the assignment of a uint4 apart.
 __device__ __forceinline__ void store_16_bytes(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-#else
+#elif !defined(__CUDACC__)
+  emulator::check_alignment(to, sizeof(uint4));
   *static_cast<uint4*>(to) = {a, b, c, d};
 #endif
 }
@@ -98,7 +107,7 @@ struct Elements<T, 1> {
 template <>
 struct Elements<float, 4> {
   float4 bits;
-  __device__ __forceinline__ void load(const float* from) { bits = *reinterpret_cast<const float4*>(from); }
+  __device__ __forceinline__ void load(const float* from) { bits = load_wide<float4>(from); }
   __device__ __forceinline__ void store(float* to) const {
     store_16_bytes(to, as_bits(bits.x), as_bits(bits.y), as_bits(bits.z), as_bits(bits.w));
   }
@@ -111,7 +120,7 @@ struct Elements<float, 4> {
 template <typename T>
 struct Elements<T, 8> {
   uint4 bits;
-  __device__ __forceinline__ void load(const T* from) { bits = *reinterpret_cast<const uint4*>(from); }
+  __device__ __forceinline__ void load(const T* from) { bits = load_wide<uint4>(from); }
   __device__ __forceinline__ void store(T* to) const { store_16_bytes(to, bits.x, bits.y, bits.z, bits.w); }
   __device__ __forceinline__ void widen(float (&out)[8]) const {
     const uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
@@ -138,7 +147,7 @@ __device__ __forceinline__ void load_floats(const float* from, float (&out)[kSiz
   } else {
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
-      const float4 part = *reinterpret_cast<const float4*>(from + i);
+      const float4 part = load_wide<float4>(from + i);
       out[i] = part.x, out[i + 1] = part.y, out[i + 2] = part.z, out[i + 3] = part.w;
     }
   }
@@ -167,7 +176,7 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
                : "l"(from));
   return bits;
 #else
-  return *static_cast<const uint4*>(from);
+  return load_wide<uint4>(from);
 #endif
 }
 

@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks) small_linear_fwd_kernel(const
           w[i][m][h] = exists && n < outputs_left ? load_once(weights + n * stride + k) : uint4{};
         }
 #pragma unroll
-      for (int j = 0; j < kRowTiles; ++j)
-        values[i][j] = exists ? *reinterpret_cast<const uint4*>(x.rows[j] + k) : uint4{};
+      for (int j = 0; j < kRowTiles; ++j) values[i][j] = exists ? load_wide<uint4>(x.rows[j] + k) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < Shape::kUnroll; ++i)
@@ -271,8 +270,7 @@ __global__ void __launch_bounds__(kBlock, kBlocks)
       for (int h = 0; h < 4; ++h)
         w[i][h] = exists ? load_once(weights + (k + h) * place.output.weight_stride) : uint4{};
 #pragma unroll
-      for (int j = 0; j < kRowTiles; ++j)
-        values[i][j] = exists ? *reinterpret_cast<const uint2*>(x.rows[j] + k) : uint2{};
+      for (int j = 0; j < kRowTiles; ++j) values[i][j] = exists ? load_wide<uint2>(x.rows[j] + k) : uint2{};
     }
 #pragma unroll
     for (int i = 0; i < Shape::kUnroll; ++i) {

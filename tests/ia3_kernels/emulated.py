@@ -35,6 +35,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ was not found,
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of ia3_dtype
 OK, INVALID, UNSUPPORTED, CUDA_ERROR = range(4)
 NAN = float("nan")
+UNTOUCHED = 77.0  # around what kernels write: what they compute from the NaN around their inputs differs from it
 
 
 class Failure(Exception):
@@ -178,24 +179,24 @@ def call(function: str, args: ctypes.Structure) -> None:
 # --- tensors for it ------------------------------------------------------------------------------------------------
 
 
-def between(tensor: Tensor, offset: int = 0, stride_offset: int = 0) -> Tensor:
-    """The same values as a view in memory of NaN, with rows on 16 bytes.
+def between(tensor: Tensor, offset: int = 0, stride_offset: int = 0, around: float = NAN) -> Tensor:
+    """The same values as a view in memory that holds ``around``, with rows on 16 bytes.
 
     offset, stride_offset: elements by which the first row, and the distance between rows, miss that.
     """
     rows, cols = (1, tensor.numel()) if tensor.dim() == 1 else tensor.shape
     stride = -(-cols // 8) * 8 + 32 + stride_offset
-    memory = torch.full(((rows + 1) * stride + 64,), NAN).to(tensor.dtype)
+    memory = torch.full(((rows + 1) * stride + 64,), around).to(tensor.dtype)
     view = memory.as_strided((rows, cols), (stride, 1), 32 + offset)
     view.copy_(tensor.reshape(rows, cols))
     return view[0] if tensor.dim() == 1 else view
 
 
 def intact(view: Tensor) -> bool:
-    """Whether the memory around a view is still NaN."""
+    """Whether the memory around a view that a kernel wrote still holds UNTOUCHED."""
     memory = view._base
     assert memory is not None
-    return int((~memory.isnan()).sum()) == int((~view.isnan()).sum())
+    return int((memory == UNTOUCHED).sum()) == memory.numel() - int((view != UNTOUCHED).sum())
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -207,9 +208,9 @@ def _scale(scale: Tensor | None, index: Tensor | None) -> Scale:
     return Scale(_pointer(scale), _pointer(index), adapters)
 
 
-def dense(tensor: Tensor, offset: int = 0) -> Tensor:
-    """The same values contiguous in memory of NaN, ``offset`` elements off 16 bytes."""
-    memory = tensor.new_full((tensor.numel() + 128,), NAN)
+def dense(tensor: Tensor, offset: int = 0, around: float = NAN) -> Tensor:
+    """The same values contiguous in memory that holds ``around``, ``offset`` elements off 16 bytes."""
+    memory = tensor.new_full((tensor.numel() + 128,), around)
     view = memory[64 + offset : 64 + offset + tensor.numel()].view(tensor.shape)
     view.copy_(tensor)
     return view
@@ -228,16 +229,17 @@ class Emulated:
         self.only = only
         self.chunk = chunk
 
-    def _matrix(self, name: str, tensor: Tensor | None) -> Tensor | None:
+    def _matrix(self, name: str, tensor: Tensor | None, around: float = NAN) -> Tensor | None:
         if tensor is None:
             return None
-        return between(tensor, self.offset, self.stride_offset) if self.only in (None, name) else between(tensor)
+        offsets = (self.offset, self.stride_offset) if self.only in (None, name) else (0, 0)
+        return between(tensor, *offsets, around)
 
-    def _vector(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else dense(tensor, self.offset if self.only in (None, name) else 0)
+    def _vector(self, name: str, tensor: Tensor | None, around: float = NAN) -> Tensor | None:
+        return None if tensor is None else dense(tensor, self.offset if self.only in (None, name) else 0, around)
 
     def _result(self, name: str, like: Tensor, cols: int) -> Tensor:
-        result = self._matrix(name, like.new_full((like.shape[0], cols), NAN))
+        result = self._matrix(name, like.new_full((like.shape[0], cols), NAN), UNTOUCHED)
         assert result is not None
         return result
 
@@ -291,10 +293,10 @@ class Emulated:
         assert dh is not None
         assert g is not None
         blank = torch.full_like(gate, NAN)
-        grad_gate = self._vector("grad_gate", blank if output_mask[0] else None)
-        grad_up = self._vector("grad_up", blank if output_mask[1] and up is not None else None)
+        grad_gate = self._vector("grad_gate", blank if output_mask[0] else None, UNTOUCHED)
+        grad_up = self._vector("grad_up", blank if output_mask[1] and up is not None else None, UNTOUCHED)
         sums = torch.full_like(scale, NAN) if output_mask[2] and scale is not None else None
-        grad_scale = self._vector("grad_scale", sums)
+        grad_scale = self._vector("grad_scale", sums, UNTOUCHED)
         args = BackwardArgs(
             DTYPES.index(gate.dtype), ACTIVATIONS.index(activation), rows, cols, _pointer(dh), dh.stride(0), _pointer(g)
         )
@@ -340,7 +342,7 @@ class Emulated:
 
     def scaled_weight(self, weight: Tensor, scale: Tensor, dim: int) -> Tensor:
         """A copy of the weight after scale_weight_."""
-        w, s = self._matrix("weight", weight), self._vector("scale", scale)
+        w, s = self._matrix("weight", weight, UNTOUCHED), self._vector("scale", scale)
         assert w is not None
         args = ScaleWeightArgs(DTYPES.index(weight.dtype), *weight.shape, _pointer(w), w.stride(0))
         if dim == 0:

@@ -159,7 +159,7 @@ def test_forward_in_place(dtype: torch.dtype) -> None:
     gate, up, scale = torch.randn(21, 48).to(dtype), torch.randn(21, 48).to(dtype), torch.randn(48)
     expected = Emulated().gated_activation(gate, up, scale)
     for target in (0, 1):
-        inputs = between(gate), between(up)
+        inputs = between(gate, around=emulated.UNTOUCHED), between(up, around=emulated.UNTOUCHED)
         out = inputs[target]
         emulated.call("activation", emulated.activation_args(*inputs, scale, "silu", None, out))
         assert torch.equal(out, expected)

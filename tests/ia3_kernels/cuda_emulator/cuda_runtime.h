@@ -58,6 +58,10 @@ inline int64_t launches = 0;
   std::abort();
 }
 
+inline void check_alignment(const void* pointer, size_t size) {
+  if (reinterpret_cast<uintptr_t>(pointer) % size != 0) stop("an address is no multiple of what is accessed there");
+}
+
 // --- a block ------------------------------------------------------------------------------------------------------
 
 enum class Waits { kNothing, kWarp, kBlock, kDone };
