@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -385,7 +386,8 @@ class AdapterBank:
         ones = {shape: torch.ones(shape) for key, shape in places.items() if key not in tensors}
         parts = [tensors[key] if key in tensors else ones[shape] for key, shape in places.items()]
         vectors = torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
-        if not vectors.isfinite().all():
+        # numpy's, of one thread: waking the others costs more, and a server's are busy.
+        if not np.isfinite(vectors.numpy()).all():
             bad = next(key for key, tensor in tensors.items() if not tensor.isfinite().all())
             raise IA3Error(f"{where} has values that are not finite in {bad!r}; train the adapter again.")
         return vectors

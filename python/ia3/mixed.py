@@ -223,7 +223,11 @@ def _check_state(tuner: Any, sites: Sites) -> None:
             "its own; adapt layers outside of the experts."
         )
     model = tuner.model
-    if model.training and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
+    if (
+        model.training
+        and torch.is_grad_enabled()
+        and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    ):
         raise IA3Error(
             "adapter_names was given, but gradient checkpointing computes the layers again in backward, when the names "
             "are gone; call gradient_checkpointing_disable."
@@ -235,6 +239,9 @@ def _source(tuner: Any, sites: Sites, names: Sequence[str]) -> Source:
     wanted = dict.fromkeys(name for name in names if name != BASE_NAME)
     if bank is None:
         return _OwnAdapters(sites, list(own), wanted)
+    for name in wanted:
+        if name not in own and name not in bank:
+            raise unknown_name(name, {*own, *bank}, "the model with its bank")
     in_bank = [name for name in wanted if name in bank]
     in_model = [name for name in wanted if name in own]
     both = [name for name in in_bank if name in own]
