@@ -112,9 +112,7 @@ class Route:
     def __enter__(self) -> Route:
         if self._routing is not None:
             raise IA3Error("the route is entered already; make another for a second batch.")
-        sites = self._tuner.sites() if hasattr(self._tuner, "sites") else survey(self._tuner.model)
-        _check_state(self._tuner, sites)
-        source = _source(self._tuner, sites, self._names)
+        source = open_source(self._tuner, self._names)
         try:
             rows = source.rows(self._names)
             device = next(self._tuner.model.parameters()).device
@@ -234,7 +232,10 @@ def _check_state(tuner: Any, sites: Sites) -> None:
         )
 
 
-def _source(tuner: Any, sites: Sites, names: Sequence[str]) -> Source:
+def open_source(tuner: Any, names: Sequence[str]) -> Source:
+    """Where these adapters' vectors are: the model itself or its bank; to be closed. Raises :class:`IA3Error`."""
+    sites = tuner.sites() if hasattr(tuner, "sites") else survey(tuner.model)
+    _check_state(tuner, sites)
     bank, own = getattr(tuner, "bank", None), tuner.peft_config
     wanted = dict.fromkeys(name for name in names if name != BASE_NAME)
     if bank is None:

@@ -113,6 +113,19 @@ class IA3Model(_Base):
         with route:
             return generate(*args, **kwargs)
 
+    def generate_batch(self, inputs: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate_batch`` (continuous batching).
+
+        adapter_names: for each of ``inputs`` an adapter, as in :meth:`generate`; see
+            :func:`~ia3.continuous.generate_batch` for the arguments that it takes then.
+        """
+        if adapter_names is None:
+            batch: Any = self.get_base_model().generate_batch
+            return batch(inputs, *args, **kwargs)
+        from .continuous import generate_batch  # what it imports is large, and few need it
+
+        return generate_batch(self.base_model, inputs, adapter_names, *args, **kwargs)
+
     def route(self, adapter_names: Sequence[str], repeats: int = 1) -> Route:
         """A block in which each sequence of a batch runs with the adapter named for it, in this thread.
 

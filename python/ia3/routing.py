@@ -67,6 +67,7 @@ class Routing:
                     self._expanded.clear()
                 index = self._expanded[key] = self._expand(batch_shape, x.device)
             return scale, index
+        self._copies(batch_shape)
         if self.shared == BASE:
             return None, None
         vector = self._shared_scales.get(layer)
@@ -76,22 +77,26 @@ class Routing:
 
     def _expand(self, batch_shape: torch.Size, device: torch.device) -> Tensor:
         """The index for rows of this shape, contiguous: every position takes its sequence's adapter."""
-        sequences, rows = self.index.shape[0], batch_shape[0] if len(batch_shape) else 0
+        copies = self._copies(batch_shape)
         index = self.index.to(device)
-        if rows == sequences:
-            pass
-        elif rows == sequences * self.repeats:
-            index = index.repeat_interleave(self.repeats)
-        elif len(batch_shape) == 1 and rows % sequences == 0 and rows:
-            index = index.repeat_interleave(rows // sequences)  # [sequences · positions, n], flattened
-        else:
-            expected = f"{sequences}" if self.repeats == 1 else f"{sequences} or {sequences * self.repeats}"
-            raise IA3Error(
-                f"a layer got activations of batch shape {list(batch_shape)}, whose rows cannot be told apart by the "
-                f"{sequences} adapter_names; expected {expected} sequences: pass one name for each sequence of the "
-                "batch."
-            )
+        if copies != 1:
+            index = index.repeat_interleave(copies)
         return index.view(-1, *(1,) * (len(batch_shape) - 1)).expand(batch_shape).contiguous()
+
+    def _copies(self, batch_shape: torch.Size) -> int:
+        """How many of the first dimension's entries belong to each sequence."""
+        sequences, rows = self.index.shape[0], batch_shape[0] if len(batch_shape) else 0
+        if rows == sequences:
+            return 1
+        if rows == sequences * self.repeats:
+            return self.repeats
+        if len(batch_shape) == 1 and rows and rows % sequences == 0:
+            return rows // sequences  # [sequences · positions, n], flattened
+        expected = f"{sequences}" if self.repeats == 1 else f"{sequences} or {sequences * self.repeats}"
+        raise IA3Error(
+            f"a layer got activations of batch shape {list(batch_shape)}, whose rows cannot be told apart by the "
+            f"{sequences} adapter_names; expected {expected} sequences: pass one name for each sequence of the batch."
+        )
 
     def __enter__(self) -> Routing:
         self.outer = _thread.routing
@@ -101,6 +106,27 @@ class Routing:
     def __exit__(self, *exception: object) -> None:
         _thread.routing = self.outer
         self.outer = None
+
+
+class TokenRouting(Routing):
+    """The adapters of a batch ``[1, tokens]`` of sequences side by side.
+
+    index: for each token its row, of the batch's shape, int32; on a device, where the host does not look at it.
+    """
+
+    def __init__(self, scales: Mapping[nn.Module, Tensor | None], index: Tensor) -> None:
+        self.scales = scales
+        self.outer: Routing | None = None
+        self.index = index
+        self._note([])
+
+    def _expand(self, batch_shape: torch.Size, device: torch.device) -> Tensor:
+        if batch_shape.numel() != self.index.numel():
+            raise IA3Error(
+                f"a layer got activations of batch shape {list(batch_shape)}, and the batch has {self.index.numel()} "
+                "tokens; adapt layers that see all of them."
+            )
+        return self.index.to(device).reshape(batch_shape)
 
 
 class _Thread(threading.local):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -258,6 +259,27 @@ def test_a_route_is_assigned_in_place(families: dict[str, Any], named: Callable[
             assert torch.equal(model(**inputs).logits, expected[-1])
     with pytest.raises(IA3Error, match="not entered"):
         route.assign(named(model, mixes[0]))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_accelerated_models_of_peft_take_names(families: dict[str, Any], beams: int) -> None:
+    """Which PEFT itself ignores for IA3."""
+    family = families["llama"]
+    config = peft.IA3Config(task_type=family.task, init_ia3_weights=False)
+    model = peft.get_peft_model(family.build(), config, OWN[0])
+    for name in OWN[1:]:
+        model.add_adapter(name, config)
+    ia3.accelerate(model).eval()
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    inputs = _batch(family, len(MIX))
+    logits = model(**inputs, adapter_names=MIX).logits
+    tokens = model.generate(**inputs, **settings, adapter_names=MIX)
+    for row, name in enumerate(MIX):
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        assert_close(logits[row : row + 1], alone(model, name, model, **one).logits)
+        assert tokens[row].tolist() == alone(model, name, model.generate, **one, **settings)[0].tolist()
+    with pytest.raises(IA3Error, match="by the 1 adapter_names; expected 1 sequences"):
+        model(**inputs, adapter_names=["first"])
 
 
 def test_an_assistant_model_keeps_its_own_adapter(families: dict[str, Any]) -> None:
