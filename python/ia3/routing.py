@@ -95,7 +95,7 @@ class Routing:
         expected = f"{sequences}" if self.repeats == 1 else f"{sequences} or {sequences * self.repeats}"
         raise IA3Error(
             f"a layer got activations of batch shape {list(batch_shape)}, whose rows cannot be told apart by the "
-            f"{sequences} adapter_names; expected {expected} sequences: pass one name for each sequence of the batch."
+            f"{sequences} adapter_names; expected {expected} as the first dimension: pass one name for each sequence."
         )
 
     def __enter__(self) -> Routing:

@@ -278,7 +278,7 @@ def test_accelerated_models_of_peft_take_names(families: dict[str, Any], beams: 
         one = {key: value[row : row + 1] for key, value in inputs.items()}
         assert_close(logits[row : row + 1], alone(model, name, model, **one).logits)
         assert tokens[row].tolist() == alone(model, name, model.generate, **one, **settings)[0].tolist()
-    with pytest.raises(IA3Error, match="by the 1 adapter_names; expected 1 sequences"):
+    with pytest.raises(IA3Error, match="by the 1 adapter_names; expected 1 as the first"):
         model(**inputs, adapter_names=["first"])
 
 
