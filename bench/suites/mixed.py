@@ -59,12 +59,17 @@ def run(settings: Settings, recorder: Recorder) -> None:
 
 
 def _lora(base: nn.Module) -> Any:
-    """PEFT's model with adapters of its default targets; None where PEFT is not installed."""
+    """PEFT's model with adapters of the layers that ours scale; None where PEFT is not installed."""
     if not llama.has("peft"):
         return None
     import peft
 
-    config = peft.LoraConfig(r=_RANK, task_type=peft.TaskType.CAUSAL_LM, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=_RANK,
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        task_type=peft.TaskType.CAUSAL_LM,
+        init_lora_weights=False,
+    )
     model = peft.get_peft_model(copy.deepcopy(base), config, "0")
     for number in range(1, _ROWS):
         model.add_adapter(f"{number}", config)
