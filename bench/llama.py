@@ -63,7 +63,7 @@ def describe(model_config: LlamaConfig) -> str:
 
 
 @functools.cache
-def _has(package: str) -> bool:
+def has(package: str) -> bool:
     found = importlib.util.find_spec(package) is not None
     if not found:
         print(f"bench: {package} is not installed, so its rows are left out; installing it adds them.", file=sys.stderr)
@@ -104,7 +104,7 @@ def models(settings: Settings, dtype: str, implementations: Sequence[str]) -> di
     built: dict[str, nn.Module] = {}
     for impl in implementations:
         kind, _, compiled = impl.partition("+")
-        if not all(_has(package) for package in _NEEDS.get(kind, ())):
+        if not all(has(package) for package in _NEEDS.get(kind, ())):
             continue
         model = copy.deepcopy(base)
         if kind != "frozen_base":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from .bank import AdapterBank, BankReport
     from .config import IA3Config, PeftType, TaskType
     from .config import IA3Config as PeftConfig
     from .errors import IA3Error
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .status import get_layer_status, get_model_status
 
 __all__ = [
+    "AdapterBank",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -50,6 +52,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BankReport",
     "IA3Config",
     "IA3Error",
     "IA3Model",
@@ -81,6 +84,7 @@ __all__ = [
 _ALIASES = {"PeftConfig": "IA3Config", "PeftModel": "IA3Model"}
 _HOMES = {
     **dict.fromkeys(("accelerate", "decelerate"), "acceleration"),
+    **dict.fromkeys(("AdapterBank", "BankReport"), "bank"),
     **dict.fromkeys(("IA3Config", "PeftType", "TaskType"), "config"),
     **dict.fromkeys(("get_layer_status", "get_model_status"), "status"),
     **dict.fromkeys(("Report", "ReportRow", "report"), "reporting"),

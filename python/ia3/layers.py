@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ia3_kernels import scaled_activation, scaled_linear
 
+from .routing import routing_of
+
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 # Packed linear layers that do not inherit from nn.Linear; by name, because they come with optional packages.
@@ -57,10 +59,18 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def effective_scale(layer: nn.Module) -> Tensor | None:
-    """The product of the active adapters' vectors, ``[n]``; ``None`` where nothing is to be scaled."""
+def effective_scale(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What scales ``layer`` on the input ``x`` ``[*, in]``, and its ``adapter_index``; ``None`` for either.
+
+    The product of the active adapters' vectors, ``[n]``, without an index; in a batch of several adapters their
+    vectors, ``[adapters, n]``, with one, of shape ``[*]`` (of convolutions: ``[N]``).
+    """
     if layer._disable_adapters or layer.merged_adapters:
-        return None
+        return None, None
+    routing = routing_of(layer)
+    if routing is not None:
+        is_convolution = isinstance(layer._modules["base_layer"], _CONVOLUTIONS)
+        return routing.scale_of(layer, x, x.shape[:1] if is_convolution else x.shape[:-1])
     # With one adapter there is nothing to switch, and a trace may follow its name.
     vectors: Any = layer._modules["ia3_l"]
     if torch.compiler.is_compiling() and len(vectors._parameters) > 1 and _running_is_current(layer):
@@ -70,7 +80,7 @@ def effective_scale(layer: nn.Module) -> Tensor | None:
     scale: Tensor | None = None
     for vector in running:
         scale = vector if scale is None else scale * vector
-    return None if scale is None else scale.reshape(-1)
+    return (None if scale is None else scale.reshape(-1)), None
 
 
 def active_vectors(layer: nn.Module, names: Iterable[str] | None = None) -> tuple[Tensor, ...]:
@@ -109,25 +119,28 @@ def scaled_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """
     base: Any = layer._modules["base_layer"]
     y: Tensor
-    scale = effective_scale(layer)
+    scale, index = effective_scale(layer, x)
     if scale is None:
         originals = layer.__dict__.get("_originals") if layer._disable_adapters else None
         y = torch.func.functional_call(base, originals, (x,)) if originals else base(x)
     elif (weight := plain_weight(base)) is not None:
-        scales = (scale, None) if layer.is_feedforward else (None, scale)
-        y = scaled_linear(x, weight, base._parameters["bias"], *scales)
+        input_scale, output_scale = (scale, None) if layer.is_feedforward else (None, scale)
+        y = scaled_linear(x, weight, base._parameters["bias"], input_scale, output_scale, index)
     elif layer.is_feedforward:
-        y = base(_scale_channels(base, x, scale))
+        y = base(_scale_channels(base, x, scale, index))
     else:
-        y = _scale_channels(base, base(x), scale)
+        y = _scale_channels(base, base(x), scale, index)
     return y
 
 
-def _scale_channels(base: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+def _scale_channels(base: nn.Module, x: Tensor, scale: Tensor, index: Tensor | None) -> Tensor:
     """``x ∘ scale`` along the dimension that ``base`` reads and writes its features in."""
     if not isinstance(base, _CONVOLUTIONS):
-        return scaled_activation(x, scale, "identity")
+        return scaled_activation(x, scale, "identity", index)
     spatial = base.weight.dim() - 2  # x is [N, C, *spatial] or [C, *spatial]
+    if index is not None:
+        scales = torch.cat([scale, scale.new_ones(1, scale.shape[1])])[index]  # [N, C]; -1 is the last row
+        return (x * scales.reshape(*scales.shape, *(1,) * spatial)).to(x.dtype)
     last = x.movedim(-1 - spatial, -1)
     if last.is_contiguous():  # channels_last
         return scaled_activation(last, scale, "identity").movedim(-1, -1 - spatial)

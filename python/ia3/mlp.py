@@ -194,7 +194,7 @@ def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
     outer: Any = _holder(block, row.outer)
     down: Any = outer._modules[row.down]
     y: Tensor
-    scale = effective_scale(down) if obstacle(block, row) is None else None
+    scale, index = effective_scale(down, x) if obstacle(block, row) is None else (None, None)
     if scale is None:
         y = getattr(type(block), row.method)(block, x)
         return y
@@ -202,11 +202,11 @@ def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
     up = project(inner._modules[row.up], x)
     if row.is_joined:
         gate, up = up.chunk(2, dim=-1)
-        hidden = gated_activation(gate, up, scale, activation)
+        hidden = gated_activation(gate, up, scale, activation, index)
     elif row.gate is not None:
-        hidden = gated_activation(project(inner._modules[row.gate], x), up, scale, activation)
+        hidden = gated_activation(project(inner._modules[row.gate], x), up, scale, activation, index)
     else:
-        hidden = scaled_activation(up, scale, activation)
+        hidden = scaled_activation(up, scale, activation, index)
     if row.dropout is not None:
         hidden = inner._modules[row.dropout](hidden)
     base: Any = down._modules["base_layer"]

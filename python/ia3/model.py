@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
@@ -31,6 +32,7 @@ from .errors import IA3Error
 from .hub import source_folder
 from .kbit import require_input_gradients
 from .matching import carriers, plan_adapter
+from .mixed import Route, check_batch, generation_repeats
 from .tuner import IA3Tuner
 
 if TYPE_CHECKING:
@@ -58,8 +60,18 @@ class _BaseForward:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.tuner.model.forward)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tuner.model(*args, **kwargs)
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return self.tuner.model(*args, **kwargs)
+        return self._mixed(adapter_names, args, kwargs)
+
+    # A graph never sees the names: the model inside is compiled, this frame is not.
+    @torch.compiler.disable(recursive=False)
+    def _mixed(self, adapter_names: Sequence[str], args: Any, kwargs: dict[str, Any]) -> Any:
+        route = Route(self.tuner, adapter_names)
+        check_batch(adapter_names, args, kwargs)
+        with route:
+            return self.tuner.model(*args, **kwargs)
 
 
 class IA3Model(_Base):
@@ -79,15 +91,48 @@ class IA3Model(_Base):
         self.forward = _BaseForward(tuner)  # type: ignore[method-assign]
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """The base model's forward; the instance's own hides it, and Trainer reads here that batches have labels."""
+        """The base model's forward, and ``adapter_names``: for each sequence of the batch an adapter of its own.
+
+        The instance's own hides it, and Trainer reads here that batches have labels.
+        """
         if labels is not None:
             kwargs["labels"] = labels
         return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``."""
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``.
+
+        adapter_names: for each prompt an adapter of the model or of its bank, ``__base__`` for none. Beams and returned
+            sequences take their prompt's. Raises :class:`IA3Error`.
+        """
         generate: Any = self.get_base_model().generate
-        return generate(*args, **kwargs)
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        route = Route(self.base_model, adapter_names, generation_repeats(self.get_base_model(), args, kwargs))
+        check_batch(adapter_names, args, kwargs)
+        with route:
+            return generate(*args, **kwargs)
+
+    def generate_batch(self, inputs: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate_batch`` (continuous batching).
+
+        adapter_names: for each of ``inputs`` an adapter, as in :meth:`generate`; see
+            :func:`~ia3.continuous.generate_batch` for the arguments that it takes then.
+        """
+        if adapter_names is None:
+            batch: Any = self.get_base_model().generate_batch
+            return batch(inputs, *args, **kwargs)
+        from .continuous import generate_batch  # what it imports is large, and few need it
+
+        return generate_batch(self.base_model, inputs, adapter_names, *args, **kwargs)
+
+    def route(self, adapter_names: Sequence[str], repeats: int = 1) -> Route:
+        """A block in which each sequence of a batch runs with the adapter named for it, in this thread.
+
+        For loops over :meth:`forward`, which would else look the names up in each call, and for CUDA graphs; see
+        :class:`~ia3.mixed.Route`.
+        """
+        return Route(self.base_model, adapter_names, repeats)
 
     # --- what it is -------------------------------------------------------------------------------------------------
 

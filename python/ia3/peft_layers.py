@@ -7,6 +7,8 @@ needs PEFT.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -15,6 +17,7 @@ from peft.tuners.ia3 import model as peft_model
 from torch import Tensor, nn
 
 from .layers import ScaledLayer, scaled_forward
+from .mixed import Route, check_batch, generation_repeats
 from .mlp import fuse, unfuse
 
 
@@ -66,6 +69,18 @@ class IA3Model(peft_model.IA3Model):
         super().inject_adapter(model, *args, **kwargs)
         swap_layers(model)
         fuse(model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around ``forward`` and ``generate`` of PEFT's models: ``adapter_names``, which PEFT has for LoRA only."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        route = Route(self, names, generation_repeats(self.model, args, kwargs))
+        check_batch(names, args, kwargs)
+        with route:
+            yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,8 +15,12 @@ from .config import IA3Config
 from .errors import IA3Error
 from .layers import IA3Layer
 from .matching import Plan, Target, carriers
+from .mixed import Sites, survey
 from .mlp import fuse, unfuse
 from .saved_modules import ModulesToSaveWrapper
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -42,6 +46,14 @@ class IA3Tuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, IA3Config] = {}
         self.active_adapters: list[str] = []
+        self.bank: AdapterBank | None = None
+        self._sites: Sites | None = None
+
+    def sites(self) -> Sites:
+        """What mixed batches have to know of the model, looked up again when adapters come or go."""
+        if self._sites is None:
+            self._sites = survey(self.model)
+        return self._sites
 
     def layers(self) -> list[tuple[str, IA3Layer]]:
         """The scaled layers, by name."""
@@ -102,6 +114,7 @@ class IA3Tuner(nn.Module):
         model, config = self.model, plan.config
         was_trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
         was_active = self.active_adapters
+        self._sites = None
         originals: list[tuple[str, nn.Module]] = []
         try:
             unfuse(model)  # a new adapter may reach blocks that had no vector
@@ -252,6 +265,7 @@ class IA3Tuner(nn.Module):
             _replace(self.model, path, original)
         self.peft_config.clear()
         self.active_adapters = []
+        self._sites = self.bank = None
         return self.model
 
     def merge_and_unload(

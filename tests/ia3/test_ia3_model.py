@@ -122,7 +122,10 @@ def test_a_second_adapter_multiplies_and_a_failed_one_leaves_the_first(
                 parameter.fill_(2.0)
     model.base_model.set_adapter(["default", "second"])
     down = model.get_base_model().model.layers[0].mlp.down_proj
-    torch.testing.assert_close(effective_scale(down), 2 * down.ia3_l["default"].flatten())
+    scale, index = effective_scale(down, torch.zeros(1, down.in_features))
+    assert scale is not None
+    assert index is None
+    torch.testing.assert_close(scale, 2 * down.ia3_l["default"].flatten())
     both = model(**inputs).logits
     unfuse(model)
     torch.testing.assert_close(model(**inputs).logits, both)

@@ -254,26 +254,46 @@ def generate(
         float, typer.Option(callback=_positive, help="Above 1 holds back tokens that were there already.")
     ] = 1.0,
     echo: Annotated[bool, typer.Option(help="Write the prompt before its continuation.")] = True,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with a sub-folder for each adapter that --requests may name."),
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON Lines: a 'prompt', and if wanted its 'adapter' and 'max_new_tokens', in each. Needs --adapters.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(callback=_at_least(1), help="Requests that run together.")] = 32,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where the answers to --requests go. Default: stdout."),
+    ] = None,
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
-) -> None:
-    """Write continuations of prompts, with an adapter or without."""
-    from . import generate as command
-
+) -> int:
+    """Write continuations of prompts, with an adapter or without; or answer many requests, each with its own."""
     if temperature == 0 and (top_p < 1 or top_k > 0):
         raise IA3Error("--top-p and --top-k choose what to sample from, but --temperature is 0, which does not sample.")
-    command.run(
-        command.Job(
-            model=model,
-            adapter=adapter,
-            prompts=prompt or (),
-            sampling=Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed),
-            echo=echo,
-            dtype=dtype,
-            device=device,
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    if (adapters is None) != (requests is None):
+        raise IA3Error("--adapters and --requests belong together; give both, or --adapter and --prompt.")
+    if adapters is not None and requests is not None:
+        if adapter is not None or prompt:
+            raise IA3Error("--requests names its own prompts and adapters; leave --prompt and --adapter out.")
+        from . import generate_requests
+
+        return generate_requests.run(
+            generate_requests.Job(model, adapters, requests, output, batch_size, sampling, dtype, device)
         )
-    )
+    if output is not None:
+        raise IA3Error("--output is for the answers to --requests; redirect stdout instead.")
+    from . import generate as command
+
+    command.run(command.Job(model, adapter, prompt or (), sampling, echo, dtype, device))
+    return 0
 
 
 @app.command()

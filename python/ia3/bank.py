@@ -1,0 +1,479 @@
+"""``AdapterBank``: the vectors of many adapters on one model, for batches that mix them.
+
+Each layer has one matrix ``[capacity, n]``, and an adapter a slot: its row in all of them. What is more than fits waits
+in host memory or in files until it is asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, read_tensors
+from .config import IA3Config
+from .errors import IA3Error
+from .hub import source_folder
+from .layers import IA3Layer
+from .mixed import BASE_NAME, Sites, unknown_name
+from .routing import BASE
+
+if TYPE_CHECKING:
+    from .model import IA3Model
+
+
+@dataclass(frozen=True)
+class BankReport:
+    """What a bank holds and has done.
+
+    capacity, resident, evicted, pinned, in_use: slots, and adapters by where they are.
+    slot_bytes, host_bytes, file_bytes: of all slots, and of the evicted adapters in host memory and in files.
+    hits, misses: adapters that batches asked for, found in a slot or brought back.
+    evictions: adapters that had to leave their slot.
+    """
+
+    capacity: int
+    resident: int
+    evicted: int
+    pinned: int
+    in_use: int
+    slot_bytes: int
+    host_bytes: int
+    file_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class _Adapter:
+    """One adapter: the slot it has, or its vectors elsewhere, and how many batches are running with it."""
+
+    def __init__(self) -> None:
+        self.slot: int | None = None
+        self.vectors: Tensor | None = None  # all layers' side by side, fp32 on the host; only while it has no slot
+        self.file: Path | None = None  # the same in a file, kept when it comes back: it never changes
+        self.users = 0
+        self.is_pinned = False
+        self.is_listed = True  # else unloaded while in use: the last user frees the slot
+
+
+class AdapterBank:
+    """Up to ``capacity`` adapters in the memory of a model's layers, and any number outside.
+
+    model: its scaled layers are those that adapters of the bank may have vectors for. It stays as it is, and gets the
+        bank's adapters by name: ``model.generate(…, adapter_names=["fr", "__base__", "de"])``.
+    capacity: slots; each costs four bytes for every entry of an adapter's vectors.
+    folder: where evicted adapters are written, in a scratch folder of the bank's own; without it they stay in host
+        memory.
+    host_limit: how many bytes of host memory evicted adapters may take, without ``folder``.
+
+    Adapters are whole in their slot before a batch can see them, and a slot that a running batch reads is not written.
+    Every method may be called from any thread, at any time. Errors are :class:`IA3Error`, and change nothing.
+    """
+
+    def __init__(
+        self,
+        model: IA3Model,
+        capacity: int,
+        folder: str | os.PathLike[str] | None = None,
+        host_limit: int | None = None,
+    ) -> None:
+        tuner: Any = getattr(model, "base_model", None)
+        if not hasattr(tuner, "bank"):
+            raise IA3Error(
+                f"model is a {type(model).__name__}; expected an IA3Model, whose layers tell what adapters may scale: "
+                "make one with get_peft_model or from_pretrained."
+            )
+        if tuner.bank is not None:
+            raise IA3Error("the model has a bank already; load into that one, or close it first.")
+        for name, value in (("capacity", capacity), ("host_limit", host_limit)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise IA3Error(f"{name} is {value!r}; expected a number above 0.")
+        self.capacity = capacity
+        self._tuner = tuner
+        self._host_limit = host_limit
+        self._lock = threading.RLock()
+        self._adapters: dict[str, _Adapter] = {}
+        self._queue: OrderedDict[_Adapter, None] = OrderedDict()  # those in slots, least recently used first
+        self._free = list(range(capacity))[::-1]
+        self._hits = self._misses = self._evictions = 0
+        self._sites: Sites | None = None
+        self.scales: dict[nn.Module, Tensor | None] = {}
+        self._places: dict[str, tuple[int, ...]] = {}
+        self._matrices: list[Tensor] = []
+        self._fences = _Fences()
+        self._cover(tuner.sites())
+        self._folder: Path | None = None
+        if folder is not None:
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self._folder = Path(tempfile.mkdtemp(prefix="evicted-", dir=folder))
+            except OSError as error:
+                raise IA3Error(f"cannot write into {folder}: {error.strerror}; choose another folder.") from error
+        self._file_names = itertools.count()
+        tuner.bank = self
+
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter(list(self._adapters))
+
+    def report(self) -> BankReport:
+        """What the bank holds, in adapters and bytes, and what it has done."""
+        with self._lock:
+            adapters = list(self._adapters.values())
+            outside = [adapter for adapter in adapters if adapter.slot is None]
+            size = 4 * sum(matrix.shape[1] for matrix in self._matrices)
+            return BankReport(
+                capacity=self.capacity,
+                resident=len(adapters) - len(outside),
+                evicted=len(outside),
+                pinned=sum(adapter.is_pinned for adapter in adapters),
+                in_use=sum(adapter.users > 0 for adapter in adapters),
+                slot_bytes=size * self.capacity,
+                host_bytes=size * sum(adapter.vectors is not None for adapter in outside),
+                file_bytes=size * sum(adapter.file is not None for adapter in adapters),
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+            )
+
+    # --- coming and going ---------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        pin: bool = False,
+        replace: bool = False,
+    ) -> None:
+        """Put an adapter into a slot; where none is free, the least recently used adapter leaves its own.
+
+        source: the folder of a saved adapter, ours or PEFT's, or its name on a model hub; or the tensors by their keys
+            in such a file. A layer it has no vector for is not scaled.
+        pin: never evict it.
+        replace: take the place of an adapter of this name; batches that are running with that one keep it.
+
+        Raises :class:`IA3Error` for a file that is damaged or does not fit, and where every slot is pinned or in use.
+        """
+        if not isinstance(name, str) or not name or name == BASE_NAME:
+            raise IA3Error(f"the adapter's name is {name!r}; expected a name, other than {BASE_NAME!r}.")
+        self._check_absent(name, replace)
+        vectors = self._read(source)
+        with self._lock:
+            self._check_absent(name, replace)
+            old = self._adapters.get(name)
+            if old is not None and old.slot is not None and not old.users:
+                self._forget(name)  # its slot is the next that is taken
+            slot = self._fill_slot(vectors)
+            if name in self._adapters:
+                self._forget(name)
+            adapter = self._adapters[name] = _Adapter()
+            adapter.is_pinned = pin
+            self._enter(adapter, slot)
+
+    def _check_absent(self, name: str, replace: bool) -> None:
+        if name in self._adapters and not replace:
+            raise IA3Error(f"the bank has an adapter {name!r} already; unload it first, or pass replace=True.")
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises :class:`IA3Error` where a running batch uses it."""
+        with self._lock:
+            adapter = self._known(name)
+            if adapter.users:
+                batches = "a running batch" if adapter.users == 1 else f"{adapter.users} running batches"
+                raise IA3Error(f"adapter {name!r} is used by {batches}; unload it when they are done.")
+            self._forget(name)
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter into a slot, and never evict it."""
+        with self._lock:
+            adapter = self._known(name)
+            self._bring(adapter)
+            adapter.is_pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter be evicted again."""
+        with self._lock:
+            self._known(name).is_pinned = False
+
+    def close(self) -> None:
+        """Forget every adapter and leave the model. Raises :class:`IA3Error` where a running batch uses one."""
+        with self._lock:
+            busy = [name for name, adapter in self._adapters.items() if adapter.users]
+            if busy:
+                raise IA3Error(f"adapter {busy[0]!r} is used by a running batch; close the bank when it is done.")
+            for name in list(self._adapters):
+                self._forget(name)
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._tuner.bank is self:
+                self._tuner.bank = None
+
+    def lease(self, sites: Sites) -> Lease:
+        """Hold adapters in their slots while a batch runs (see :class:`~ia3.mixed.Route`).
+
+        sites: the model as it is now; layers that were added since the bank was made get matrices of ones.
+        """
+        with self._lock:
+            self._cover(sites)
+            return Lease(self)
+
+    def __enter__(self) -> AdapterBank:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        # A copy of the model, or its pickle, goes without: the slots belong to this model's batches.
+        return _nothing, ()
+
+    # --- the table; all of this is called with the lock held ----------------------------------------------------------
+
+    def _known(self, name: str) -> _Adapter:
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            raise unknown_name(name, self._adapters, "the bank")
+        return adapter
+
+    def _acquire(self, name: str) -> _Adapter:
+        adapter = self._known(name)
+        self._bring(adapter)
+        adapter.users += 1
+        return adapter
+
+    def _release(self, adapter: _Adapter) -> None:
+        assert adapter.slot is not None
+        self._fences.note_read(adapter.slot, self._matrices)
+        adapter.users -= 1
+        if not adapter.users and not adapter.is_listed:
+            self._leave(adapter)
+
+    def _forget(self, name: str) -> None:
+        adapter = self._adapters.pop(name)
+        adapter.is_listed = False
+        if adapter.slot is not None and not adapter.users:
+            self._leave(adapter)
+        if adapter.file is not None:
+            adapter.file.unlink(missing_ok=True)
+
+    def _enter(self, adapter: _Adapter, slot: int) -> None:
+        adapter.slot, adapter.vectors = slot, None
+        self._queue[adapter] = None
+
+    def _leave(self, adapter: _Adapter) -> None:
+        assert adapter.slot is not None
+        self._free.append(adapter.slot)
+        adapter.slot = None
+        del self._queue[adapter]
+
+    def _bring(self, adapter: _Adapter) -> None:
+        """Into a slot, where it is not in one, and to the end of the queue for eviction."""
+        if adapter.slot is not None:
+            self._hits += 1
+            self._queue.move_to_end(adapter)
+        else:
+            vectors = adapter.vectors if adapter.file is None else _read_file(adapter.file)
+            assert vectors is not None
+            self._enter(adapter, self._fill_slot(vectors))
+            self._misses += 1
+
+    def _fill_slot(self, vectors: Tensor) -> int:
+        """A slot that nobody reads, with these vectors in it."""
+        if not self._free:
+            self._evict()
+        slot = self._free.pop()
+        try:
+            self._write(slot, vectors)
+        except BaseException:
+            self._free.append(slot)
+            raise
+        return slot
+
+    def _evict(self) -> None:
+        """Free the slot of the least recently used adapter that may leave."""
+        adapter = next((one for one in self._queue if not one.users and not one.is_pinned), None)
+        if adapter is None:
+            pinned = sum(one.is_pinned for one in self._queue)
+            raise IA3Error(
+                f"the bank has no slot left: of its {self.capacity}, {pinned} are pinned and the others in use by "
+                "running batches; unpin or unload an adapter, run smaller batches, or make a bank of more capacity."
+            )
+        if adapter.file is None:
+            vectors = torch.cat([matrix[adapter.slot].cpu() for matrix in self._matrices])
+            if self._folder is None:
+                self._check_host_limit(vectors.nbytes)
+                adapter.vectors = vectors
+            else:
+                adapter.file = _write_file(self._folder / str(next(self._file_names)), vectors)
+        self._leave(adapter)
+        self._evictions += 1
+
+    def _check_host_limit(self, size: int) -> None:
+        used = size * sum(adapter.vectors is not None for adapter in self._adapters.values())
+        if self._host_limit is not None and used + size > self._host_limit:
+            raise IA3Error(
+                f"evicted adapters take {used} bytes of host memory, and {size} more are above host_limit, "
+                f"{self._host_limit}; unload some, or give the bank a folder."
+            )
+
+    # --- vectors ------------------------------------------------------------------------------------------------------
+
+    def _cover(self, sites: Sites) -> None:
+        """Have a matrix for every scaled layer; an adapter that came before its layer does not scale it."""
+        if sites is self._sites:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for path, layer in sites.layers:
+                if layer in self.scales:
+                    continue
+                assert isinstance(layer, IA3Layer)
+                shape = layer.vector_shape()
+                features = layer.in_features if layer.is_feedforward else layer.out_features
+                matrix = torch.ones(self.capacity, features, device=layer.base_layer.weight.device)
+                if matrix.is_cuda:
+                    torch._dynamo.mark_static_address(matrix)  # or a captured graph would copy it in every replay
+                self.scales[layer] = matrix
+                self._places[f"{KEY_PREFIX}{path}.ia3_l"] = shape
+                self._matrices.append(matrix)
+        self._sites = sites
+
+    def _read(self, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Tensor:
+        """The checked vectors of an adapter, those of all layers side by side, in fp32 on the host."""
+        if isinstance(source, Mapping):
+            tensors, where = source, "the state dict"
+        elif isinstance(source, str | os.PathLike):
+            folder = source_folder(source)
+            IA3Config.from_pretrained(folder)  # raises for an adapter of another kind
+            tensors, where = read_tensors(folder), str(folder / WEIGHTS_NAME)
+        else:
+            raise IA3Error(f"source is a {type(source).__name__}; expected a folder or a dictionary of tensors.")
+        places = dict(self._places)
+        for key, tensor in tensors.items():
+            shape = places.get(key)
+            if shape is None:
+                raise IA3Error(
+                    f"{where} has the tensor {key!r}, which the bank has no place for; it was saved from another model "
+                    "or scales layers that this model's own adapters do not: make the bank of a model that has them."
+                )
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                raise IA3Error(
+                    f"{where} has the tensor {key!r} of shape {list(tensor.shape)} and dtype {tensor.dtype}, and the "
+                    f"bank takes floating-point vectors of shape {list(shape)} there; load it into its own model."
+                )
+        if not tensors:
+            raise IA3Error(f"{where} holds no vectors; save the adapter again.")
+        ones = {shape: torch.ones(shape) for key, shape in places.items() if key not in tensors}
+        parts = [tensors[key] if key in tensors else ones[shape] for key, shape in places.items()]
+        vectors = torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
+        # numpy's, of one thread: waking the others costs more, and a server's are busy.
+        if not np.isfinite(vectors.numpy()).all():
+            bad = next(key for key, tensor in tensors.items() if not tensor.isfinite().all())
+            raise IA3Error(f"{where} has values that are not finite in {bad!r}; train the adapter again.")
+        return vectors
+
+    def _write(self, slot: int, vectors: Tensor) -> None:
+        sizes = [matrix.shape[1] for matrix in self._matrices]
+        if vectors.shape[0] < sum(sizes):  # read before the model got further layers, which it does not scale
+            vectors = torch.cat([vectors, vectors.new_ones(sum(sizes) - vectors.shape[0])])
+        parts = vectors.split(sizes)
+        with self._fences.writing(slot, self._matrices), torch.no_grad():
+            for matrix, part in zip(self._matrices, parts, strict=True):
+                # Through .data: graphs that saved the matrix for backward read other rows of it.
+                matrix.data[slot].copy_(part)
+
+
+class Lease:
+    """The adapters of one batch, in their slots until :meth:`close`."""
+
+    def __init__(self, bank: AdapterBank) -> None:
+        self._bank = bank
+        self._held: dict[str, _Adapter] = {}
+        self.scales: Mapping[nn.Module, Tensor | None] = dict(bank.scales)
+
+    def rows(self, names: Sequence[str]) -> list[int]:
+        """The slots of these adapters, which are held now in place of those before; all of them or an error."""
+        bank, held = self._bank, dict[str, _Adapter]()
+        with bank._lock:
+            try:
+                for name in dict.fromkeys(names):
+                    if name != BASE_NAME:
+                        held[name] = bank._acquire(name)
+            except BaseException:
+                for adapter in held.values():
+                    bank._release(adapter)
+                raise
+            self.close()
+            self._held = held
+            slots: dict[str, Any] = {name: adapter.slot for name, adapter in held.items()}
+        return [slots.get(name, BASE) for name in names]
+
+    def close(self) -> None:
+        """Let go of the slots."""
+        with self._bank._lock:
+            for adapter in self._held.values():
+                self._bank._release(adapter)
+            self._held = {}
+
+
+class _Fences:
+    """Keeps writing a slot apart from reading it across CUDA streams; on a CPU calls follow each other anyway."""
+
+    def __init__(self) -> None:
+        self._read: dict[int, list[torch.cuda.Event]] = {}  # by slot: the ends of the batches that read it
+
+    def note_read(self, slot: int, matrices: Sequence[Tensor]) -> None:
+        """The kernels that this thread has launched so far may read the slot; a later write has to wait for them."""
+        devices = {matrix.device for matrix in matrices if matrix.is_cuda}
+        if devices:
+            running = [event for event in self._read.pop(slot, []) if not event.query()]
+            self._read[slot] = running + [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    @contextmanager
+    def writing(self, slot: int, matrices: Sequence[Tensor]) -> Iterator[None]:
+        """Around the copies into a slot, which are done at the end, for every stream to see."""
+        for event in self._read.pop(slot, []):
+            event.synchronize()
+        yield
+        for device in {matrix.device for matrix in matrices if matrix.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+
+
+def _write_file(path: Path, vectors: Tensor) -> Path:
+    try:
+        path.write_bytes(vectors.numpy().tobytes())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise IA3Error(f"cannot write an evicted adapter to {path}: {error.strerror}; free some space.") from error
+    return path
+
+
+def _read_file(path: Path) -> Tensor:
+    try:
+        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise IA3Error(f"the evicted adapter in {path} cannot be read ({error}); load it again.") from error
+
+
+def _nothing() -> None:
+    """What a copied or unpickled bank is."""
