@@ -3,8 +3,9 @@
  * Every function returns at once, after putting its work on the stream; it neither allocates nor synchronizes, so it
  * may be captured into a CUDA graph. The current device must be the one that the pointers and the stream belong to.
  * Rows are `*_stride` elements apart and dense inside. Arithmetic is fp32 with one rounding at the end (a linear layer
- * rounds x s_in to 16 bits first, as tensor cores want it); the same arguments give the same bits. On any status but IA3_OK nothing was launched, but for IA3_CUDA_ERROR, which the launch
- * itself returned. Structures are to be zeroed before use: fields may be added at their ends. */
+ * rounds x s_in to 16 bits first, as tensor cores want it); the same arguments give the same bits. On any status but
+ * IA3_OK nothing was launched, but for IA3_CUDA_ERROR, which the launch itself returned. Structures are to be zeroed
+ * before use: fields may be added at their ends. */
 #ifndef IA3_KERNELS_H
 #define IA3_KERNELS_H
 
