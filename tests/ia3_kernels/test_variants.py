@@ -55,7 +55,11 @@ def test_both_matmul_routes(route: str) -> None:
     ("variable", "value", "message"),
     [
         ("IA3_CPU_ISA", "sse9", "IA3_CPU_ISA is 'sse9'; this processor runs"),
-        ("IA3_BACKEND", "tpu", "there is no backend 'tpu'; expected one of 'native', 'triton', 'cuda', 'reference', or 'auto'"),
+        (
+            "IA3_BACKEND",
+            "tpu",
+            "there is no backend 'tpu'; expected one of 'native', 'triton', 'cuda', 'reference', or 'auto'",
+        ),
         ("IA3_CPU_MATMUL", "magic", "IA3_CPU_MATMUL is 'magic'; expected auto, widen or library"),
     ],
 )
