@@ -20,6 +20,7 @@ from torch import Tensor
 from . import autograd as _autograd  # registers the gradients
 from . import backends, reference, target
 from .backends import Choice, explain
+from .exact import Residual, merge_, stays_finite, swap_, unmerge_
 from .schemas import ACTIVATIONS
 
 del _autograd
@@ -27,14 +28,19 @@ del _autograd
 __all__ = [
     "ACTIVATIONS",
     "Choice",
+    "Residual",
     "backends",
     "explain",
     "gated_activation",
+    "merge_",
     "reference",
     "scale_weight_",
     "scaled_activation",
     "scaled_linear",
+    "stays_finite",
+    "swap_",
     "target",
+    "unmerge_",
 ]
 
 _ops: Any = torch.ops.ia3

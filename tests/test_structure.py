@@ -14,12 +14,14 @@ KERNELS_ORDER = (
     "schemas",
     "tuning",
     "target",
+    "exact_reference",
     "reference",
     "measured",
     "triton",
     "tuner",
     "backends",
     "autograd",
+    "exact",
     "__init__",
 )
 # A folder of csrc may include those before it.
