@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,9 @@ from ia3_kernels import reference, scale_weight_
 
 from ..errors import IA3Error
 from .layout import FLOATS
+
+# What one call writes. From 2 MiB on Linux may give a file pages of that size, and take six times as long to find them.
+WRITE_BYTES = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,21 @@ class Block:
             self.apply(buffer, vectors)
         else:
             reference.scale_weight_(self.matrix(buffer), self.part(vectors), self.dim)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread meanwhile.
+
+    A block in a processor's cache is scaled faster than it is read and written, and small blocks make other threads
+    wait for each other more than they help: on a busy machine, twenty times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def octets(buffer: Tensor) -> memoryview:

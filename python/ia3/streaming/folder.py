@@ -11,13 +11,13 @@ from pathlib import Path
 
 from ..errors import IA3Error
 from ..files import atomic_folder
-from .blocks import Block, new_buffer, octets, read_into, same_values
+from .blocks import WRITE_BYTES, Block, new_buffer, octets, one_thread, read_into, same_values
 from .layout import Checkpoint, Shard, read_checkpoint
 from .plan import MergePlan, plan_merge
 from .state import refuse_interrupted, refuse_merged
 
 # Small enough to stay in a processor's cache between being read, scaled and written.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = WRITE_BYTES
 # What one call copies inside of the kernel, and what a buffer holds where that is not possible.
 _COPY_BYTES = 64 << 20
 # Left free on the disk, for folders and file systems' own needs.
@@ -68,7 +68,7 @@ def merge_folder(checkpoint: Checkpoint, plan: MergePlan, out: Path, advance: Ad
     Like a copy it is not forced to the disk: the base is still there. advance: told of bytes as they are written.
     Raises :class:`IA3Error`, and leaves nothing then.
     """
-    with atomic_folder(out) as content:
+    with one_thread(), atomic_folder(out) as content:
         for shard in checkpoint.shards:
             _write_shard(shard, content / shard.path.name, plan, advance)
         others = list(checkpoint.other_files())
@@ -173,7 +173,8 @@ def verify_folder(checkpoint: Checkpoint, plan: MergePlan, out: Path, advance: A
     """
     others = list(checkpoint.other_files())
     for shard in checkpoint.shards:
-        _verify_shard(shard, out / shard.path.name, plan, advance)
+        with one_thread():
+            _verify_shard(shard, out / shard.path.name, plan, advance)
     for path in others:
         if (checkpoint.folder / path).read_bytes() != (out / path).read_bytes():
             raise _difference(out / path, str(path))

@@ -29,6 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import IA3Error
+from .blocks import WRITE_BYTES
 from .state import SCRATCH_NAME
 
 _MAGIC = b"IA3MERG1"
@@ -53,7 +54,7 @@ class Disk:
         """Write bytes at a place of an open file."""
         view = memoryview(data)
         while view:
-            count = os.pwrite(file, view, start)
+            count = os.pwrite(file, view[:WRITE_BYTES], start)
             view, start = view[count:], start + count
 
     def sync(self, file: int) -> None:

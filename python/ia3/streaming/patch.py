@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import IA3Error
 from . import exact
-from .blocks import Block, checksum, new_buffer, octets, read_into, same_values
+from .blocks import Block, checksum, new_buffer, octets, one_thread, read_into, same_values
 from .folder import SPARE_BYTES, Advance, Summary, open_to_read, segments, summarize
 from .journal import Disk, Journal
 from .layout import Checkpoint, read_checkpoint, read_shard
@@ -176,7 +176,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise IA3Error(f"another process is merging in {folder}; wait until it is done.") from None
-        yield
+        with one_thread():
+            yield
 
 
 @contextmanager
