@@ -5,6 +5,8 @@ Four operators, each differentiable, traceable by ``torch.compile`` and also reg
 are vectors, or ``[A, n]`` matrices together with an int32 ``adapter_index`` of shape ``[*]`` that picks a row for every
 position (``-1``: no scaling). Arithmetic on scales is fp32, with one rounding at the end.
 
+Beside them, ``merge_``, ``unmerge_`` and ``swap_`` put a scale into a weight in place and take it out again to the bit.
+
 Source of the method: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning", 2022, arXiv 2205.05638.
 """
