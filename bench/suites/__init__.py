@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from ..records import Recorder
 from ..settings import Settings
-from . import accuracy, decode, memory, merge_checkpoint, operators, train_step
+from . import accuracy, decode, memory, merge, merge_checkpoint, operators, train_step
 
 SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "operators": operators.run,
@@ -14,5 +14,6 @@ SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "train_step": train_step.run,
     "decode": decode.run,
     "memory": memory.run,
+    "merge": merge.run,
     "merge_checkpoint": merge_checkpoint.run,
 }

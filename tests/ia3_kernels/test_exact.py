@@ -202,6 +202,19 @@ def test_native_kernels_and_reference_agree_to_the_bit(dtype: torch.dtype, shape
     assert _same(ours, weight)
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+def test_native_kernels_and_reference_agree_on_every_16_bit_pattern(dtype: torch.dtype) -> None:
+    scale = _scales(1000)[torch.randperm(1000)][:40]
+    ours, theirs = (_every_pattern(dtype).repeat(len(scale), 1) for _ in range(2))
+    mine = kernels.merge_(ours, scale, exact=True)
+    assert mine is not None
+    assert _same_residual(mine, Residual(*exact_reference.merge_exact_(theirs, scale, 0)))
+    assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+    kernels.unmerge_(ours, scale, 0, mine)
+    assert bool((_patterns(ours) == _patterns(_every_pattern(dtype))).all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_nothing(dtype: torch.dtype) -> None:
     weight, scale = _hard(dtype, 300, 1000), _scales(400)[:300]
