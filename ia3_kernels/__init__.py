@@ -5,6 +5,8 @@ Four operators, each differentiable, traceable by ``torch.compile`` and also reg
 are vectors, or ``[A, n]`` matrices together with an int32 ``adapter_index`` of shape ``[*]`` that picks a row for every
 position (``-1``: no scaling). Arithmetic on scales is fp32, with one rounding at the end.
 
+Beside them, ``merge_``, ``unmerge_`` and ``swap_`` put a scale into a weight in place and take it out again to the bit.
+
 Source of the method: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning", 2022, arXiv 2205.05638.
 """
@@ -20,6 +22,7 @@ from torch import Tensor
 from . import autograd as _autograd  # registers the gradients
 from . import backends, reference, target
 from .backends import Choice, explain
+from .exact import Residual, merge_, stays_finite, swap_, unmerge_
 from .schemas import ACTIVATIONS
 
 del _autograd
@@ -27,14 +30,19 @@ del _autograd
 __all__ = [
     "ACTIVATIONS",
     "Choice",
+    "Residual",
     "backends",
     "explain",
     "gated_activation",
+    "merge_",
     "reference",
     "scale_weight_",
     "scaled_activation",
     "scaled_linear",
+    "stays_finite",
+    "swap_",
     "target",
+    "unmerge_",
 ]
 
 _ops: Any = torch.ops.ia3

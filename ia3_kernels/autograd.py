@@ -231,19 +231,28 @@ _register_autograd("gated_activation", _GatedActivation, (None, None, None, "sil
 _register_autograd("scaled_activation", _ScaledActivation, (None, None, "silu", None))
 
 
-def _scale_weight_autograd(weight: Tensor, scale: Tensor, dim: int) -> None:
-    check_scale_weight_(weight, scale, dim)
-    if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
-        raise RuntimeError(
-            "scale_weight_: weight or scale requires grad, and an in-place scaling is not differentiable; "
-            "call it under torch.no_grad()."
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        ops.scale_weight_(weight, scale, dim)
-    torch.autograd.graph.increment_version(weight)
+def _register_in_place(op: str) -> None:
+    """An operator that writes over its first argument: not differentiable, and autograd is told of the write."""
+    operator = getattr(ops, op)
+
+    def kernel(weight: Tensor, *args: Any) -> Any:
+        if op == "scale_weight_":
+            check_scale_weight_(weight, *args)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in (weight, *args)):
+            raise RuntimeError(
+                f"{op}: weight or scale requires grad, and an in-place scaling is not differentiable; "
+                "call it under torch.no_grad()."
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            result = operator(weight, *args)
+        torch.autograd.graph.increment_version(weight)
+        return result
+
+    LIBRARY.impl(op, kernel, "Autograd")
 
 
-LIBRARY.impl("scale_weight_", _scale_weight_autograd, "Autograd")
+for _op in ("scale_weight_", "merge_exact_", "unmerge_exact_", "swap_exact_"):
+    _register_in_place(_op)
 
 
 def _register_autocast(device_type: str, key: str) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import exact_reference
 from .schemas import check_activation, check_scale_weight_, check_scaled_linear
 
 # --- activations and their derivatives ---------------------------------------------------------------------------
@@ -181,6 +182,7 @@ OPERATORS: dict[str, Callable[..., object]] = {
     "gated_activation": gated_activation,
     "scaled_activation": scaled_activation,
     "scale_weight_": scale_weight_,
+    **exact_reference.OPERATORS,
     "gated_activation_backward": gated_activation_backward,
     "scaled_activation_backward": scaled_activation_backward,
 }

@@ -24,6 +24,14 @@ SCHEMAS = {
     "Tensor? adapter_index=None) -> Tensor",
     "scaled_activation": '(Tensor x, Tensor? scale=None, str activation="silu", Tensor? adapter_index=None) -> Tensor',
     "scale_weight_": "(Tensor(a!) weight, Tensor scale, int dim) -> ()",
+    # Scaling that can be undone. The weight is a matrix as it lies in memory, [rows, cols] with adjacent columns, and
+    # the scale is [rows] (dim 0) or [groups, cols] (dim 1: each group of rows has its own). Results: parity, and the
+    # positions and bits of escapes (see exact.py); of stays_finite, one bool.
+    "merge_exact_": "(Tensor(a!) weight, Tensor scale, int dim) -> (Tensor, Tensor, Tensor)",
+    "unmerge_exact_": "(Tensor(a!) weight, Tensor scale, int dim, Tensor parity, Tensor positions, Tensor bits) -> ()",
+    "swap_exact_": "(Tensor(a!) weight, Tensor old_scale, Tensor new_scale, int dim, Tensor(b!) parity, "
+    "Tensor positions, Tensor bits) -> (Tensor, Tensor)",
+    "stays_finite": "(Tensor weight, Tensor scale, int dim) -> Tensor",
     # Backward passes. A result whose `output_mask` entry is False comes back as an empty tensor.
     "gated_activation_backward": "(Tensor grad, Tensor gate, Tensor up, Tensor? scale, str activation, "
     "Tensor? adapter_index, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
@@ -173,6 +181,72 @@ def check_scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
     _check_scale(op, "scale", scale, weight.shape[dim], weight, None)
 
 
+def pattern_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The integer dtype that holds a weight's bit pattern."""
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+
+def parity_shape(weight: Tensor) -> tuple[int, int]:
+    """The shape of the lowest bits of ``weight [rows, cols]``, eight to a byte."""
+    return weight.shape[0], (weight.shape[1] + 7) // 8
+
+
+def _check_exact_scale(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> None:
+    rows, cols = weight.shape
+    torch._check(
+        scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype."
+    )
+    torch._check(
+        scale.device == weight.device,
+        lambda: f"{op}: {name} is on {scale.device}, but the weight is on {weight.device}; move one of them.",
+    )
+    if dim == 0:
+        torch._check(
+            scale.dim() == 1 and scale.shape[0] == rows,
+            lambda: f"{op}: {name} has shape {_shape(scale)}; expected [{rows}].",
+        )
+    else:
+        torch._check(
+            scale.dim() == 2 and scale.shape[1] == cols and scale.shape[0] > 0 and rows % scale.shape[0] == 0,
+            lambda: (
+                f"{op}: {name} has shape {_shape(scale)}; expected [groups, {cols}], with groups that divide {rows}."
+            ),
+        )
+
+
+def check_exact(op: str, weight: Tensor, dim: int, **scales: Tensor) -> None:
+    """Raise a sentence unless the arguments of an exact scaling fit together."""
+    _check_dtype(op, "weight", weight)
+    torch._check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [rows, cols].")
+    torch._check(
+        weight.numel() == 0 or weight.shape[1] == 1 or weight.stride(1) == 1,
+        lambda: (
+            f"{op}: weight has strides {list(weight.stride())}; expected adjacent columns, so that rows are what lies "
+            "together in memory."
+        ),
+    )
+    torch._check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the rows) or 1 (the columns).")
+    for name, scale in scales.items():
+        _check_exact_scale(op, name, weight, scale, dim)
+
+
+def check_residual(op: str, weight: Tensor, parity: Tensor, positions: Tensor, bits: Tensor) -> None:
+    """Raise a sentence unless a residual's shapes and dtypes are those of the weight's."""
+    shape = parity_shape(weight)
+    torch._check(
+        parity.dtype == torch.uint8 and tuple(parity.shape) == shape,
+        lambda: f"{op}: parity is {parity.dtype} of shape {_shape(parity)}; expected uint8 {list(shape)}, contiguous.",
+    )
+    pattern = pattern_dtype(weight.dtype)
+    torch._check(
+        positions.dtype == torch.int64 and bits.dtype == pattern and bits.shape == positions.shape,
+        lambda: (
+            f"{op}: positions and bits are {positions.dtype} and {bits.dtype} of shapes {_shape(positions)} and "
+            f"{_shape(bits)}; expected int64 and {pattern} of one length."
+        ),
+    )
+
+
 # --- fake implementations ----------------------------------------------------------------------------------------
 
 
@@ -220,6 +294,39 @@ def _scaled_activation(
 @torch.library.register_fake("ia3::scale_weight_", lib=LIBRARY)
 def _scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
     check_scale_weight_(weight, scale, dim)
+
+
+def _unknown_escapes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    bits = weight.new_empty(count, dtype=pattern_dtype(weight.dtype))
+    return weight.new_empty(count, dtype=torch.int64), bits
+
+
+@torch.library.register_fake("ia3::merge_exact_", lib=LIBRARY)
+def _merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_exact("merge_exact_", weight, dim, scale=scale)
+    return weight.new_empty(parity_shape(weight), dtype=torch.uint8), *_unknown_escapes(weight)
+
+
+@torch.library.register_fake("ia3::unmerge_exact_", lib=LIBRARY)
+def _unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor) -> None:
+    check_exact("unmerge_exact_", weight, dim, scale=scale)
+    check_residual("unmerge_exact_", weight, parity, positions, bits)
+
+
+@torch.library.register_fake("ia3::swap_exact_", lib=LIBRARY)
+def _swap_exact_(
+    weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor
+) -> tuple[Tensor, Tensor]:
+    check_exact("swap_exact_", weight, dim, old_scale=old_scale, new_scale=new_scale)
+    check_residual("swap_exact_", weight, parity, positions, bits)
+    return _unknown_escapes(weight)
+
+
+@torch.library.register_fake("ia3::stays_finite", lib=LIBRARY)
+def _stays_finite(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
+    check_exact("stays_finite", weight, dim, scale=scale)
+    return weight.new_empty((), dtype=torch.bool)
 
 
 @torch.library.register_fake("ia3::gated_activation_backward", lib=LIBRARY)

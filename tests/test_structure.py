@@ -14,6 +14,7 @@ KERNELS_ORDER = (
     "schemas",
     "tuning",
     "target",
+    "exact_reference",
     "reference",
     "measured",
     "chunks",
@@ -23,6 +24,7 @@ KERNELS_ORDER = (
     "tuner",
     "backends",
     "autograd",
+    "exact",
     "__init__",
 )
 # A folder of csrc may include those before it.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from ..records import Recorder
 from ..settings import Settings
-from . import accuracy, decode, memory, mixed, operators, train_step
+from . import accuracy, decode, memory, merge, merge_checkpoint, mixed, operators, train_step
 
 SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "operators": operators.run,
@@ -15,4 +15,6 @@ SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "decode": decode.run,
     "memory": memory.run,
     "mixed": mixed.run,
+    "merge": merge.run,
+    "merge_checkpoint": merge_checkpoint.run,
 }

@@ -67,4 +67,23 @@ struct SmallLinearArgs {
   void* y;  // [rows, out], contiguous
 };
 
+// W <- diag(l) W, or W diag(l) with an l of its own for every group of rows, such that it can be undone
+struct ExactScaleArgs {
+  DType dtype;
+  void* weight;    // [rows, cols]
+  int64_t stride;  // between rows
+  int64_t cols;
+  const float* scale;      // [rows], or [groups, cols]
+  const void* inverse;     // 1 / scale; fp32, for fp32 weights fp64
+  bool by_row;             // scale is [rows]
+  int64_t rows_per_group;  // where it is not
+  uint8_t* parity;         // [rows, ceil(cols / 8)], lowest bits first
+};
+
+// A weight that its scaled value and its parity do not give back
+struct Escape {
+  int64_t position;  // row * cols + column
+  uint32_t bits;     // its pattern
+};
+
 }  // namespace ia3

@@ -31,6 +31,10 @@ static inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+static inline uint32_t pattern_bits(float value) { return float_to_bits(value); }
+static inline uint32_t pattern_bits(BFloat16 value) { return value.bits; }
+static inline uint32_t pattern_bits(Float16 value) { return value.bits; }
+
 static inline float to_float(float value) { return value; }
 
 static inline float to_float(BFloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }

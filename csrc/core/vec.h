@@ -43,15 +43,17 @@ inline Vec load(const BFloat16* p, int64_t n) { return widen_bf16(_mm256_maskz_l
 inline Vec load(const Float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline Vec load(const Float16* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
 
-// Exact also for subnormals, which the bf16 conversion instruction flushes to zero.
-inline __m256i round_bf16_exact(Vec x) {
+// The rounded pattern is the upper half of each lane. Exact also for subnormals, which the bf16 conversion instruction
+// flushes to zero.
+inline __m512i rounded_bf16(Vec x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));  // quiet
 }
+
+inline __m256i round_bf16_exact(Vec x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bf16(x), 16)); }
 
 inline __m256i round_bf16(Vec x) {
 #if defined(IA3_USE_AVX512_BF16)
@@ -144,13 +146,17 @@ inline Vec load(const BFloat16* p, int64_t n) { return widen_bf16(load_partial_1
 inline Vec load(const Float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 inline Vec load(const Float16* p, int64_t n) { return {_mm256_cvtph_ps(load_partial_16(p, n))}; }
 
-inline __m128i round_bf16(Vec x) {
+// The rounded pattern is the upper half of each lane.
+inline __m256i rounded_bf16(Vec x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+}
+
+inline __m128i round_bf16(Vec x) {
+  const __m256i high = _mm256_srli_epi32(rounded_bf16(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 

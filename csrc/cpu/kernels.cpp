@@ -1,6 +1,7 @@
 // Compiled once per instruction set (see CMakeLists.txt), with IA3_ISA naming the namespace.
 #include "kernels.h"
 
+#include "../core/exact_scale.h"
 #include "../core/gated_activation.h"
 #include "../core/scale.h"
 #include "../core/small_linear.h"
@@ -64,6 +65,22 @@ void scale_weight(DType dtype, void* weight, int64_t stride, int64_t cols, const
   });
 }
 
+int64_t merge_exact(const ExactScaleArgs& args, int64_t row_begin, int64_t row_end, Escape* escapes) {
+  int64_t count = 0;
+  with_type(args.dtype, [&]<typename T>(T*) { count = merge_exact_kernel<T>(args, row_begin, row_end, escapes); });
+  return count;
+}
+
+void unmerge_exact(const ExactScaleArgs& args, int64_t row_begin, int64_t row_end) {
+  with_type(args.dtype, [&]<typename T>(T*) { unmerge_exact_kernel<T>(args, row_begin, row_end); });
+}
+
+bool stays_finite(const ExactScaleArgs& args, int64_t row_begin, int64_t row_end) {
+  bool finite = true;
+  with_type(args.dtype, [&]<typename T>(T*) { finite = stays_finite_kernel<T>(args, row_begin, row_end); });
+  return finite;
+}
+
 void widen(DType dtype, const void* x, int64_t stride, int64_t cols, const RowScales* scales, float* out,
            int64_t row_begin, int64_t row_end) {
   with_type(dtype, [&]<typename T>(T*) {
@@ -86,7 +103,9 @@ void small_linear(const SmallLinearArgs& args, int64_t out_begin, int64_t out_en
 }  // namespace
 
 extern const cpu::Kernels kKernels;
-const cpu::Kernels kKernels = {IA3_STRING(IA3_ISA), activation, activation_backward, scale_weight, widen, narrow,
+const cpu::Kernels kKernels = {IA3_STRING(IA3_ISA), activation,  activation_backward,
+                               scale_weight,        merge_exact, unmerge_exact,
+                               stays_finite,        widen,       narrow,
                                small_linear};
 
 }  // namespace ia3::IA3_ISA

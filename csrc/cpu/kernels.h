@@ -23,6 +23,13 @@ struct Kernels {
   void (*scale_weight)(DType, void* weight, int64_t stride, int64_t cols, const float* row_scale,
                        const float* col_scale, int64_t row_begin, int64_t row_end);
 
+  // Returns the number of escapes; see core/exact_scale.h.
+  int64_t (*merge_exact)(const ExactScaleArgs&, int64_t row_begin, int64_t row_end, Escape* escapes);
+
+  void (*unmerge_exact)(const ExactScaleArgs&, int64_t row_begin, int64_t row_end);
+
+  bool (*stays_finite)(const ExactScaleArgs&, int64_t row_begin, int64_t row_end);
+
   void (*widen)(DType, const void* x, int64_t stride, int64_t cols, const RowScales*, float* out, int64_t row_begin,
                 int64_t row_end);
 

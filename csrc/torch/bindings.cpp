@@ -55,6 +55,31 @@ void backend_scale_weight_(const at::Tensor& weight, const at::Tensor& scale, in
   scale_weight_(weight, scale, dim);
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backend_merge_exact_(const at::Tensor& weight, const at::Tensor& scale,
+                                                                    int64_t dim) {
+  BelowAutograd guard;
+  return merge_exact_(weight, scale, dim);
+}
+
+void backend_unmerge_exact_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim, const at::Tensor& parity,
+                            const at::Tensor& positions, const at::Tensor& bits) {
+  BelowAutograd guard;
+  unmerge_exact_(weight, scale, dim, parity, positions, bits);
+}
+
+at::Tensor backend_stays_finite(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
+  BelowAutograd guard;
+  return stays_finite(weight, scale, dim);
+}
+
+std::tuple<at::Tensor, at::Tensor> backend_swap_exact_(const at::Tensor& weight, const at::Tensor& old_scale,
+                                                       const at::Tensor& new_scale, int64_t dim,
+                                                       const at::Tensor& parity, const at::Tensor& positions,
+                                                       const at::Tensor& bits) {
+  BelowAutograd guard;
+  return swap_exact_(weight, old_scale, new_scale, dim, parity, positions, bits);
+}
+
 // --- the short cut ---
 
 // The dispatch keys of a plain, dense CPU tensor with nothing switched on around it
@@ -174,6 +199,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("scaled_activation", &backend_scaled_activation, arg("x"), arg("scale") = none, arg("activation") = "silu",
         arg("adapter_index") = none, arg("out") = none);
   m.def("scale_weight_", &backend_scale_weight_, arg("weight"), arg("scale"), arg("dim"));
+  m.def("merge_exact_", &backend_merge_exact_, arg("weight"), arg("scale"), arg("dim"));
+  m.def("unmerge_exact_", &backend_unmerge_exact_, arg("weight"), arg("scale"), arg("dim"), arg("parity"),
+        arg("positions"), arg("bits"));
+  m.def("stays_finite", &backend_stays_finite, arg("weight"), arg("scale"), arg("dim"));
+  m.def("swap_exact_", &backend_swap_exact_, arg("weight"), arg("old_scale"), arg("new_scale"), arg("dim"),
+        arg("parity"), arg("positions"), arg("bits"));
   m.def("gated_activation_backward", &backend_gated_activation_backward, arg("grad"), arg("gate"), arg("up"),
         arg("scale"), arg("activation"), arg("adapter_index"), arg("output_mask"), arg("out_gate") = none,
         arg("out_up") = none);

@@ -36,4 +36,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_backward(
 
 void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim);
 
+// The weight is a matrix as it lies in memory. Returns its parity, and the positions and bits of escapes.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_exact_(const at::Tensor& weight, const at::Tensor& scale,
+                                                            int64_t dim);
+
+void unmerge_exact_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim, const at::Tensor& parity,
+                    const at::Tensor& positions, const at::Tensor& bits);
+
+// Whether merging would give finite values only, as a tensor of one bool.
+at::Tensor stays_finite(const at::Tensor& weight, const at::Tensor& scale, int64_t dim);
+
+// Returns the positions and bits of the new escapes; the parity stays.
+std::tuple<at::Tensor, at::Tensor> swap_exact_(const at::Tensor& weight, const at::Tensor& old_scale,
+                                               const at::Tensor& new_scale, int64_t dim, const at::Tensor& parity,
+                                               const at::Tensor& positions, const at::Tensor& bits);
+
 }  // namespace ia3

@@ -65,10 +65,24 @@ def _from(state_dict: Mapping[str, Tensor] | None, name: str, own: Tensor) -> Te
     return state_dict[name]
 
 
+def _embeddings(model: nn.Module) -> list[nn.Module | None]:
+    return [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+
+
+def check_embeddings_unmerged(model: nn.Module) -> None:
+    """Raise :class:`IA3Error` where the embeddings to save hold an adapter's vectors, which the file has as well."""
+    for embedding in _embeddings(model):
+        if isinstance(embedding, IA3Layer) and embedding.merged:
+            raise IA3Error(
+                f"{', '.join(embedding.merged_adapters)} is merged into the embeddings, which were to be saved; "
+                "unmerge_adapter first, or leave save_embedding_layers out."
+            )
+
+
 def embedding_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights of the input and output embeddings, by their keys in a file; a file may hold them, or not."""
     tensors: dict[str, Tensor] = {}
-    wanted = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    wanted = _embeddings(model)
     for path, module in named_base_modules(model):
         if any(module is embedding for embedding in wanted):
             for name, value in module.state_dict(keep_vars=True).items():

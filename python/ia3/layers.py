@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ia3_kernels import scaled_activation, scaled_linear
 
+from . import held
+from .errors import IA3Error
 from .routing import routing_of
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -115,14 +117,16 @@ def _running_is_current(layer: nn.Module) -> bool:
 def scaled_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """``base(x ∘ l)`` for a feed-forward layer, ``base(x) ∘ l`` for any other; x ``[*, in]`` → ``[*, out]``.
 
-    Convolutions are scaled per channel. A layer that is merged and disabled runs its original parameters.
+    Convolutions are scaled per channel.
     """
     base: Any = layer._modules["base_layer"]
     y: Tensor
     scale, index = effective_scale(layer, x)
     if scale is None:
-        originals = layer.__dict__.get("_originals") if layer._disable_adapters else None
-        y = torch.func.functional_call(base, originals, (x,)) if originals else base(x)
+        y = base(x)
+        if layer.training and _is_trained_merged(layer):
+            names: Any = layer.merged_adapters
+            y = _Untrainable.apply(y, names, *active_vectors(layer, names))
     elif (weight := plain_weight(base)) is not None:
         input_scale, output_scale = (scale, None) if layer.is_feedforward else (None, scale)
         y = scaled_linear(x, weight, base._parameters["bias"], input_scale, output_scale, index)
@@ -131,6 +135,30 @@ def scaled_forward(layer: nn.Module, x: Tensor) -> Tensor:
     else:
         y = _scale_channels(base, base(x), scale, index)
     return y
+
+
+class _Untrainable(torch.autograd.Function):
+    """Stands behind the output of a layer whose vectors are in its weight, and raises when one would train them."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, names: Sequence[str], *vectors: Tensor) -> Tensor:
+        ctx.names = names
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise IA3Error(
+            f"{', '.join(ctx.names)} is merged into the weights, where its vectors get no gradient; call "
+            "unmerge_adapter before you train."
+        )
+
+
+def _is_trained_merged(layer: nn.Module) -> bool:
+    """Whether a training step would silently leave the vectors of a merged layer out."""
+    if not isinstance(layer, IA3Layer) or not layer.merged or layer._disable_adapters:
+        return False
+    is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_recorded and any(vector.requires_grad for vector in active_vectors(layer, layer.merged_adapters))
 
 
 def _scale_channels(base: nn.Module, x: Tensor, scale: Tensor, index: Tensor | None) -> Tensor:
@@ -222,19 +250,20 @@ class IA3Layer(ScaledLayer):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        # While merged: the base layer's own parameters, by name (see merging.py).
-        self._originals: dict[str, nn.Parameter] = {}
+        # While merged: what the parameters hold, and whether it was taken out for as long as adapters are disabled.
+        self._held: held.Held | None = None
+        self._is_suspended = False
         self.training = base_layer.training
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, unscaled."""
+        """The base layer's weight as it lies, with vectors in it while merged."""
         weight: Tensor = self.base_layer.weight
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias, unscaled."""
+        """The base layer's bias as it lies, with vectors in it while merged."""
         bias: Tensor | None = self.base_layer.bias
         return bias
 
@@ -286,9 +315,9 @@ class IA3Layer(ScaledLayer):
         self._note_running()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for parameter in self._originals.values():
-            parameter.data = fn(parameter.data)
-        return super()._apply(fn, recurse)
+        # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.
+        with held.taken_out(self):
+            return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         side = "input" if self.is_feedforward else "output"

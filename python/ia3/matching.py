@@ -190,7 +190,8 @@ def _is_excluded(path: str, config: IA3Config) -> bool:
     return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in config.modules_to_save or ())
 
 
-def _is_feedforward(path: str, feedforward: set[str] | list[str] | str | None) -> bool:
+def is_feedforward(path: str, feedforward: set[str] | list[str] | str | None) -> bool:
+    """Whether ``feedforward_modules`` means the module of this name, whose input is scaled then."""
     if isinstance(feedforward, str):
         return re.fullmatch(feedforward, path) is not None
     return any(path.endswith(entry) for entry in feedforward or ())
@@ -231,8 +232,8 @@ def _storable_feedforward(config: IA3Config, paths: list[str]) -> set[str] | str
     defaults, targets = config.feedforward_modules, config.target_modules
     if not isinstance(defaults, set) or not isinstance(targets, set) or defaults <= targets:
         return defaults  # type: ignore[return-value]
-    subset = {entry for entry in targets if _is_feedforward(entry, defaults)}
-    if all(_is_feedforward(path, defaults) == _is_feedforward(path, subset) for path in paths):
+    subset = {entry for entry in targets if is_feedforward(entry, defaults)}
+    if all(is_feedforward(path, defaults) == is_feedforward(path, subset) for path in paths):
         return subset
     return f".*({'|'.join(re.escape(name) for name in sorted(defaults))})"
 
@@ -281,7 +282,7 @@ def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
         config.feedforward_modules = _storable_feedforward(config, paths)
     else:
         _check_feedforward(model, modules, config, paths, strict)
-    targets = tuple(Target(path, modules[path], _is_feedforward(path, config.feedforward_modules)) for path in paths)
+    targets = tuple(Target(path, modules[path], is_feedforward(path, config.feedforward_modules)) for path in paths)
     for target in targets:
         if not is_scaled(target.module) and features(target.module) is None:
             raise IA3Error(
@@ -304,7 +305,7 @@ def _check_feedforward(
     """Entries that a user wrote have to mean something."""
     feedforward = config.feedforward_modules
     if isinstance(feedforward, str):
-        if not any(_is_feedforward(path, feedforward) for path in paths):
+        if not any(is_feedforward(path, feedforward) for path in paths):
             warnings.warn(
                 f"feedforward_modules is the regular expression {feedforward!r}, which matches none of the "
                 f"{len(paths)} targets; all of them scale their outputs.",

@@ -1,7 +1,8 @@
-"""Vectors multiplied into the weights, and back.
+"""Vectors multiplied into the weights where they lie, and out again to the bit, over all layers of a model or none.
 
-``merge_adapter`` keeps the base layer's own parameters beside the scaled ones, so that undoing it is exact whatever the
-vectors are, and costs a copy of the scaled weights meanwhile. ``merge_and_unload`` scales in place and keeps nothing.
+What undoing takes is one bit a weight (``ia3_kernels.merge_``). Every merge is made so that it can be undone, because
+an error in one layer must leave those before it as they were; where nobody wants to unmerge, the bits are dropped
+afterwards. One layer's part is in :mod:`~ia3.held`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
-from ia3_kernels import scale_weight_
+from ia3_kernels import stays_finite
 
+from . import held
 from .errors import IA3Error
+from .interrupts import held_back
 from .layers import IA3Layer, active_vectors, is_untouched, plain_weight
 
 NamedLayer = tuple[str, IA3Layer]
+# A layer, the adapters that it is to hold, and the product of their vectors (None: nothing)
+_Change = tuple[str, IA3Layer, list[str], Tensor | None]
 
 
 def check_mergeable(layers: Iterable[NamedLayer]) -> None:
@@ -33,6 +37,19 @@ def check_mergeable(layers: Iterable[NamedLayer]) -> None:
             raise IA3Error(
                 f"cannot merge into {path!r}, a {type(base).__name__} whose weight is not a plain tensor, or which has "
                 "hooks; run the model unmerged, or load it unquantized."
+            )
+        if base._parameters["weight"].is_meta:
+            raise IA3Error(f"cannot merge into {path!r}, whose weight is on the meta device; load the weights first.")
+        held.check_unwritten(path, layer)
+
+
+def _check_enabled(layers: Iterable[NamedLayer]) -> None:
+    """Raise :class:`IA3Error` where vectors are left out at the moment, and weights that held them would show them."""
+    for path, layer in layers:
+        if layer._disable_adapters:
+            raise IA3Error(
+                f"the adapters of {path!r} are disabled; leave the disable_adapter() block, or call "
+                "enable_adapter_layers, before you merge."
             )
 
 
@@ -47,9 +64,14 @@ def _to_merge(layer: IA3Layer, adapter_names: Sequence[str] | None) -> list[str]
     return [name for name in names if name in layer.ia3_l and name not in layer.merged_adapters]
 
 
+def _change(path: str, layer: IA3Layer, names: list[str]) -> _Change:
+    return path, layer, names, _product(layer, names) if names else None
+
+
 def _product(layer: IA3Layer, names: Iterable[str]) -> Tensor:
-    """The product of these adapters' vectors, ``[n]``, in fp32 (fp64 where they are)."""
-    return functools.reduce(torch.mul, (_wide(vector.detach()) for vector in active_vectors(layer, names))).reshape(-1)
+    """The product of these adapters' vectors, ``[n]``, in fp32 (fp64 where they are); a copy, since vectors change."""
+    product = functools.reduce(torch.mul, (_wide(vector.detach()) for vector in active_vectors(layer, names)))
+    return product.reshape(-1).clone()
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -57,152 +79,195 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _views(base: nn.Module, parameters: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Views of the weight, as ``[out, in, spatial]``, and the bias among the parameters of ``base``."""
-    weight, bias = parameters["weight"].detach(), parameters["bias"]
-    weight = weight.t() if isinstance(base, Conv1D) else weight
-    return weight, None if bias is None else bias.detach()
-
-
-def _input_scale_of_rows(base: nn.Module, scale: Tensor) -> Tensor:
-    """The scale of a grouped convolution's input channels, as ``[out, in / groups]``: each group has its own."""
-    groups: Any = base.groups
-    channels: Any = base.out_channels
-    return scale.reshape(groups, 1, -1).expand(groups, channels // groups, -1).flatten(0, 1)
-
-
-def _scale(layer: IA3Layer, scale: Tensor) -> None:
-    """Scale the parameters of the base layer, in place; one rounding."""
+def _check_finite(path: str, layer: IA3Layer, names: Sequence[str], scale: Tensor) -> None:
+    """Raise where scaling an unmerged layer would give a value that is not finite; one reading pass."""
     base = layer.base_layer
-    weight, bias = _views(base, base._parameters)
-    if weight.dim() == 2:
-        scale_weight_(weight, scale, 1 if layer.is_feedforward else 0)
-    else:
-        factors = _input_scale_of_rows(base, scale) if layer.is_feedforward else scale[:, None]
-        weight.copy_(_wide(weight) * factors.reshape(*factors.shape, *(1,) * (weight.dim() - 2)))
-    if bias is not None and not layer.is_feedforward:
-        scale_weight_(bias.unsqueeze(1), scale, 0)
+    for name, dim in held.scaled_parameters(layer):
+        weight = held.as_stored(base, base._parameters[name])
+        if not stays_finite(weight, scale, dim):
+            raise IA3Error(
+                f"merging {', '.join(names)} into {path!r} would give a {name} that is not finite; the adapter is "
+                f"broken, or too large for {str(weight.dtype).removeprefix('torch.')}: nothing was merged."
+            )
 
 
-def _check_finite(path: str, layer: IA3Layer, scale: Tensor, names: Sequence[str]) -> None:
-    """Raise where scaling would give a value that is not finite, told from the largest magnitudes: no copy is made."""
-    weight, bias = _views(layer.base_layer, {**layer.base_layer._parameters, **layer._originals})
-    # Products grow with |w|, so the largest of each row (column) tells; NaN and infinity come through.
-    grouped = weight.unflatten(0, (getattr(layer.base_layer, "groups", 1), -1))  # [groups, out, in, spatial]
-    kept = (0, 2) if layer.is_feedforward else (0, 1)
-    along = [dim for dim in range(grouped.dim()) if dim not in kept]
-    largest = torch.linalg.vector_norm(grouped, ord=float("inf"), dim=along).reshape(-1)
-    products = [(_wide(largest) * scale).to(weight.dtype)]
-    if bias is not None and not layer.is_feedforward:
-        products.append((_wide(bias) * scale).to(bias.dtype))
-    if not all(bool(product.isfinite().all()) for product in products):
-        raise IA3Error(
-            f"merging {', '.join(names)} into {path!r} would give weights that are not finite; the adapter is broken, "
-            f"or too large for {str(weight.dtype).removeprefix('torch.')}: nothing was merged."
-        )
+def _address(parameter: Tensor) -> tuple[Any, int]:
+    """The same for parameters that share their memory, whether or not they are the same object."""
+    is_plain = type(parameter) in (nn.Parameter, Tensor) and not parameter.is_meta
+    place = parameter.data_ptr() if is_plain else 0
+    return (parameter.device, place) if place else ("object", id(parameter))
+
+
+def _uses(model: nn.Module) -> Counter[tuple[Any, int]]:
+    """How many modules use each parameter; an original that a scaled copy stands in for is in use too."""
+    uses = Counter(_address(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for module in model.modules():
+        if isinstance(module, IA3Layer) and module._held is not None and not module._is_suspended:
+            uses.update(_address(p.original) for p in module._held.parameters.values() if p.original is not None)
+    return uses
+
+
+def _shared(layer: IA3Layer, uses: Counter[tuple[Any, int]]) -> set[str]:
+    """The names of the parameters of an unmerged layer that others use too."""
+    parameters = layer.base_layer._parameters
+    return {name for name, _ in held.scaled_parameters(layer) if uses[_address(parameters[name])] > 1}
 
 
 @torch.no_grad()
+def _apply(
+    model: nn.Module,
+    changes: Sequence[_Change],
+    safe: bool = False,
+    progressbar: bool = False,
+    let_through: Callable[[], None] = lambda: None,
+) -> None:
+    """Change all of these layers, or after an exception (an interrupt, too) none."""
+    uses = _uses(model)
+    done: list[tuple[IA3Layer, held.Held | None, set[str]]] = []
+    with held_back() as interrupt:
+        try:
+            for path, layer, names, scale in changes:
+                if safe and scale is not None and layer._held is None:
+                    _check_finite(path, layer, names, scale)
+            for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
+                interrupt()
+                let_through()
+                before = layer._held
+                shared = _shared(layer, uses) if before is None else before.shared
+                if safe and scale is not None and before is not None:
+                    # Its weights hold other vectors, and without them only can one tell.
+                    held.hold(layer, [], None, shared)
+                    done.append((layer, before, shared))
+                    _check_finite(path, layer, names, scale)
+                    before = None
+                held.hold(layer, names, scale, shared)
+                done.append((layer, before, shared))
+            interrupt()
+            let_through()
+        except BaseException:
+            for layer, before, shared in reversed(done):
+                held.restore(layer, before, shared)
+            raise
+
+
 def merge(
+    model: nn.Module,
     layers: Sequence[NamedLayer],
     adapter_names: Sequence[str] | None = None,
     safe: bool = False,
+    exact: bool = True,
 ) -> None:
-    """Put scaled parameters in the place of the base layers' own, which each layer keeps. All or nothing.
+    """Let the base layers of ``model`` hold the vectors of adapters, in place. All or nothing.
 
     adapter_names: which of a layer's adapters; the active ones if ``None``. Adapters merged before stay merged, and the
         product of all is rounded once.
     safe: raise if a value would not be finite.
+    exact: keep one bit a weight, by which :func:`unmerge` restores every bit; else it refuses.
 
     Raises :class:`IA3Error` and changes nothing.
     """
-    todo = [(path, layer, names) for path, layer in layers if (names := _to_merge(layer, adapter_names))]
-    if not todo:
+    changes = []
+    for path, layer in layers:
+        if names := _to_merge(layer, adapter_names):
+            changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
+    if not changes:
         warnings.warn("there is nothing to merge: the adapters are merged already, or not in any layer.", stacklevel=3)
         return
-    check_mergeable((path, layer) for path, layer, _ in todo)
-    done: list[tuple[IA3Layer, list[str]]] = []
-    try:
-        for path, layer, names in todo:
-            done.append((layer, layer.merged_adapters))
-            everything = [*layer.merged_adapters, *names]
-            _restore(layer)
-            if safe:
-                _check_finite(path, layer, _product(layer, everything), names)
-            _hold(layer, everything)
-    except BaseException:
-        for layer, merged in done:
-            _restore(layer)
-            if merged:
-                _hold(layer, merged)
-        raise
+    _check_enabled(layers)
+    check_mergeable((path, layer) for path, layer, _, _ in changes)
+    _apply(model, changes, safe)
+    if not exact:
+        for _, layer, _, _ in changes:
+            _drop_residuals(layer)
 
 
-def _hold(layer: IA3Layer, names: list[str]) -> None:
-    """Let an unmerged base layer hold these adapters' vectors."""
-    _set_aside(layer)
-    _scale(layer, _product(layer, names))
-    layer.merged_adapters = names
+def _drop_residuals(layer: IA3Layer) -> None:
+    if layer._held is not None:
+        layer._held.is_exact = False
+        for parameter in layer._held.parameters.values():
+            parameter.residual = None
 
 
-def _set_aside(layer: IA3Layer) -> None:
-    """Give the base layer copies of its parameters to be scaled, and keep its own, so that ties to others stay."""
-    base = layer.base_layer
-    names = [name for name in ("weight", "bias") if base._parameters.get(name) is not None]
-    layer._originals = {name: base._parameters[name] for name in names}
-    for name, original in layer._originals.items():
-        base._parameters[name] = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
-
-
-def _restore(layer: IA3Layer) -> None:
-    """Give the base layer its own parameters back."""
-    layer.base_layer._parameters.update(layer._originals)
-    layer._originals = {}
-    layer.merged_adapters = []
-
-
-def unmerge(layers: Iterable[NamedLayer]) -> None:
-    """Give every base layer its own parameters back, to the bit."""
-    merged = [layer for _, layer in layers if layer.merged]
+def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
+    """Take the vectors out of every base layer, to the bit. All or nothing; raises :class:`IA3Error`."""
+    merged = [(path, layer) for path, layer in layers if layer.merged]
     if not merged:
         warnings.warn("there is nothing to unmerge.", stacklevel=3)
-    for layer in merged:
-        _restore(layer)
+    for path, layer in merged:
+        held.check_unwritten(path, layer)
+    _apply(model, [_change(path, layer, []) for path, layer in merged if not layer._is_suspended])
+    for _, layer in merged:
+        held.forget(layer)
+
+
+def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> None:
+    """Let the layers that hold the adapter ``old`` hold ``new`` in its place, in one pass over the weights.
+
+    The result is that of unmerging and merging, bit by bit. All or nothing; raises :class:`IA3Error`.
+    """
+    if not any(old in layer.merged_adapters for _, layer in layers):
+        raise IA3Error(f"adapter {old!r} is not merged into any layer; merge_adapter it first, or merge {new!r} alone.")
+    _check_enabled(layers)
+    changes = []
+    for path, layer in layers:
+        names = [name for name in layer.merged_adapters if name not in (old, new)]
+        if new in layer.ia3_l:
+            names.append(new)
+        if names != layer.merged_adapters:
+            changes.append(_change(path, layer, names))
+    check_mergeable((path, layer) for path, layer, _, _ in changes)
+    _apply(model, changes)
+
+
+def suspend(layers: Iterable[NamedLayer]) -> None:
+    """Take out of the weights what they hold, for as long as adapters are disabled. All or nothing."""
+    merged = [(path, layer) for path, layer in layers if layer._held is not None and not layer._is_suspended]
+    for path, layer in merged:
+        held.check_unwritten(path, layer)
+    _one_by_one([layer for _, layer in merged], held.suspend, held.resume)
+
+
+def resume(layers: Iterable[NamedLayer]) -> None:
+    """Put back what :func:`suspend` took out, where adapters are not disabled any more. All or nothing."""
+    suspended = [layer for _, layer in layers if layer._is_suspended and not layer._disable_adapters]
+    _one_by_one(suspended, held.resume, held.suspend)
 
 
 @torch.no_grad()
-def merge_in_place(
+def _one_by_one(layers: Sequence[IA3Layer], forward: Callable[[Any], None], backward: Callable[[Any], None]) -> None:
+    done: list[IA3Layer] = []
+    with held_back() as let_through:
+        try:
+            for layer in layers:
+                let_through()
+                forward(layer)
+                done.append(layer)
+        except BaseException:
+            for layer in reversed(done):
+                backward(layer)
+            raise
+
+
+def merge_for_good(
     model: nn.Module,
     layers: Sequence[NamedLayer],
     adapter_names: Sequence[str] | None = None,
     safe: bool = False,
     progressbar: bool = False,
+    let_through: Callable[[], None] = lambda: None,
 ) -> None:
-    """Scale the weights of ``model`` where they lie, for good; the arguments are those of :func:`merge`.
+    """Let the base layers hold the vectors as their own; the arguments are those of :func:`merge`.
 
-    Raises :class:`IA3Error` before anything is changed.
+    let_through: lets an interrupt through that the caller holds back.
+
+    All or nothing; raises :class:`IA3Error`.
     """
-    todo = []
+    _check_enabled((path, layer) for path, layer in layers if layer._is_suspended)
+    changes = []
     for path, layer in layers:
-        names = _to_merge(layer, adapter_names)
-        if names:
-            todo.append((path, layer, [*layer.merged_adapters, *names]))
-    check_mergeable((path, layer) for path, layer, _ in todo)
-    if safe:
-        for path, layer, names in todo:
-            _check_finite(path, layer, _product(layer, names), names)
-    scales = [_product(layer, names) for _, layer, names in todo]
-    for _, layer, _ in todo:
-        _restore(layer)  # before counting uses: parameters that were set aside may be shared
-    uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    for (_, layer, _), scale in tqdm(zip(todo, scales, strict=True), "merging", len(todo), disable=not progressbar):
-        _untie(layer.base_layer, uses)
-        _scale(layer, scale)
-
-
-def _untie(base: nn.Module, uses: Counter[int]) -> None:
-    """Give ``base`` parameters of its own where others share them: only this layer is to be scaled."""
-    for name, parameter in base._parameters.items():
-        if parameter is not None and uses[id(parameter)] > 1:
-            uses[id(parameter)] -= 1
-            base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        if names := _to_merge(layer, adapter_names):
+            changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
+    check_mergeable((path, layer) for path, layer, _, _ in changes)
+    _apply(model, changes, safe, progressbar, let_through)
+    for _, layer in layers:
+        held.forget(layer)

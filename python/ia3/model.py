@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
-from . import status
+from . import merging, status
 from .checkpoint import (
     adapter_folder,
     adapter_tensors,
+    check_embeddings_unmerged,
     check_tensors,
     copy_tensors,
     embedding_tensors,
@@ -244,7 +245,11 @@ class IA3Model(_Base):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model computes what the base model computes; weights are not touched, merged or not."""
+        """Within the block the model computes what the base model computes.
+
+        Where adapters are merged, they are taken out of the weights for the block, to the bit, and put back: one pass
+        over the weights each.
+        """
         before = [(carrier, carrier._disable_adapters) for _, carrier in carriers(self.get_base_model())]
         self.base_model.disable_adapter_layers()
         try:
@@ -252,16 +257,23 @@ class IA3Model(_Base):
         finally:
             for carrier, was_disabled in before:
                 carrier._disable_adapters = was_disabled
+            merging.resume(self.base_model.layers())
 
     # --- merging ----------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, exact: bool = True
+    ) -> None:
         """Let the base layers hold vectors; see the tuner's method."""
-        self.base_model.merge_adapter(adapter_names, safe_merge)
+        self.base_model.merge_adapter(adapter_names, safe_merge, exact)
 
     def unmerge_adapter(self) -> None:
         """Undo :meth:`merge_adapter`, to the bit."""
         self.base_model.unmerge_adapter()
+
+    def swap_adapter(self, merged: str, adapter_name: str) -> None:
+        """Go from one merged adapter to another in one pass over the weights; see the tuner's method."""
+        self.base_model.swap_adapter(merged, adapter_name)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -303,6 +315,8 @@ class IA3Model(_Base):
             raise IA3Error("safe_serialization is False, but adapters are saved as safetensors only; leave it out.")
         base = self.get_base_model()
         names = self.base_model.check_known(list(self.peft_config) if selected_adapters is None else selected_adapters)
+        if save_embedding_layers is True:
+            check_embeddings_unmerged(base)
         for name in names:
             tensors = adapter_tensors(base, name, state_dict)
             if save_embedding_layers is True:
@@ -483,6 +497,7 @@ def get_peft_model_state_dict(
     model.base_model.check_known(adapter_name)
     tensors = adapter_tensors(model.get_base_model(), adapter_name, state_dict)
     if save_embedding_layers is True:
+        check_embeddings_unmerged(model.get_base_model())
         tensors.update(embedding_tensors(model.get_base_model(), state_dict))
     return tensors
 

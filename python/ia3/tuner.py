@@ -13,6 +13,7 @@ from torch import nn
 from . import merging
 from .config import IA3Config
 from .errors import IA3Error
+from .interrupts import held_back
 from .layers import IA3Layer
 from .matching import Plan, Target, carriers
 from .mixed import Sites, survey
@@ -160,6 +161,9 @@ class IA3Tuner(nn.Module):
         """
         names = self.check_known(adapter_name)
         self.unmerge_with_warning("before others are active")
+        self._activate(names, inference_mode)
+
+    def _activate(self, names: list[str], inference_mode: bool) -> None:
         self.active_adapters = names
         for _, carrier in carriers(self.model):
             carrier.set_adapter(names, inference_mode)
@@ -233,26 +237,50 @@ class IA3Tuner(nn.Module):
                 head.modules_to_save[adapter_name].load_state_dict(head.modules_to_save[owner].state_dict())
 
     def disable_adapter_layers(self) -> None:
-        """Leave the vectors out of the computation; weights are never touched, merged ones are stood in for."""
+        """Leave the vectors out of the computation; merged ones are taken out of the weights until they are enabled."""
+        merging.suspend(self.layers())
         for _, carrier in carriers(self.model):
             carrier._disable_adapters = True
 
     def enable_adapter_layers(self) -> None:
-        """Let the vectors take part in the computation again."""
+        """Let the vectors take part in the computation again; merged ones go back into the weights."""
         for _, carrier in carriers(self.model):
             carrier._disable_adapters = False
+        merging.resume(self.layers())
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, exact: bool = True
+    ) -> None:
         """Let the base layers hold the vectors of these adapters (of the active ones): no cost in inference.
 
-        safe_merge: raise if a weight would not be finite. All or nothing; raises :class:`IA3Error`, for a quantized
-        layer above all.
+        The weights are scaled where they lie. All or nothing: after an error or an interrupt every layer is as it was.
+        A weight that other modules use too (embeddings tied to an adapted head) is replaced by a scaled copy.
+
+        safe_merge: raise if a weight would not be finite.
+        exact: keep one bit a weight, by which unmerging restores every bit; else there is no unmerging.
+
+        Raises :class:`IA3Error`, for a quantized layer above all.
         """
-        merging.merge(self.layers(), self._checked(adapter_names), safe_merge)
+        merging.merge(self.model, self.layers(), self._checked(adapter_names), safe_merge, exact)
 
     def unmerge_adapter(self) -> None:
-        """Undo :meth:`merge_adapter`, to the bit."""
-        merging.unmerge(self.layers())
+        """Undo :meth:`merge_adapter`, to the bit.
+
+        Raises :class:`IA3Error`, and changes nothing, where weights were written to in between.
+        """
+        merging.unmerge(self.model, self.layers())
+
+    def swap_adapter(self, merged: str, adapter_name: str) -> None:
+        """Let the weights hold ``adapter_name`` where they hold ``merged``, in one pass over them.
+
+        The bits are those of unmerging the one and merging the other. If ``merged`` was active, ``adapter_name`` is in
+        its place. All or nothing; raises :class:`IA3Error`.
+        """
+        self.check_known([merged, adapter_name])
+        merging.swap(self.model, self.layers(), merged, adapter_name)
+        if merged in self.active_adapters:
+            swapped = [adapter_name if name == merged else name for name in self.active_adapters]
+            self._activate(list(dict.fromkeys(swapped)), self.peft_config[adapter_name].inference_mode)
 
     def _checked(self, adapter_names: str | Sequence[str] | None) -> list[str] | None:
         return None if adapter_names is None else self.check_known(adapter_names)
@@ -273,13 +301,16 @@ class IA3Tuner(nn.Module):
     ) -> nn.Module:
         """Multiply vectors into the weights, in place, and return the base model without adapters.
 
-        The arguments are those of :meth:`merge_adapter`. Trained heads take the place of the originals. Raises
-        :class:`IA3Error`, before anything is changed, where a weight cannot be scaled (a quantized layer).
+        The arguments are those of :meth:`merge_adapter`. Trained heads take the place of the originals. All or nothing:
+        after an error or an interrupt every layer is as it was. Raises :class:`IA3Error` where a weight cannot be
+        scaled (a quantized layer).
         """
-        merging.merge_in_place(self.model, self.layers(), self._checked(adapter_names), safe_merge, progressbar)
-        for path, head in self.heads():
-            _replace(self.model, path, head.running_module())
-        return self.unload()
+        names = self._checked(adapter_names)
+        with held_back() as let_through:
+            merging.merge_for_good(self.model, self.layers(), names, safe_merge, progressbar, let_through)
+            for path, head in self.heads():
+                _replace(self.model, path, head.running_module())
+            return self.unload()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

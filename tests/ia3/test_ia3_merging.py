@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import ia3
-from ia3 import merging
+from ia3 import held
+from ia3.interrupts import held_back
 
 from .conftest import Family, perturb
 
@@ -70,7 +73,8 @@ def _assert_unchanged(model: nn.Module, weights: dict[str, Tensor]) -> None:
     assert state.keys() == weights.keys()
     for name, value in weights.items():
         # As bytes: -0.0 and 0.0 differ, and a NaN is equal to itself.
-        assert torch.equal(state[name].contiguous().view(torch.uint8), value.contiguous().view(torch.uint8)), name
+        ours, theirs = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (state[name], value))
+        assert torch.equal(ours, theirs), name
 
 
 def _set_vectors(model: nn.Module, values: list[float], adapter: str = "default") -> None:
@@ -108,6 +112,7 @@ def test_merged_weights_are_the_formula_rounded_once_and_come_back_to_the_bit(
     _set_vectors(model, [0.0, -1.3, 1e-30, 1.7, -0.0, 0.9, 3.1])
     base, before = _base(model), _weights(model)
     own = list(base.parameters())
+    places = [parameter.data_ptr() for parameter in own]
     weight, bias = _formula(kind, is_feedforward, base, model.get_base_model().layer.ia3_l["default"])
     model.merge_adapter()
     # fp32 products of 16-bit weights are exact in fp64, but rounded to fp32 before they are to 16 bits.
@@ -115,10 +120,11 @@ def test_merged_weights_are_the_formula_rounded_once_and_come_back_to_the_bit(
     torch.testing.assert_close(base.weight.double(), weight, **allowed)
     if base.bias is not None:
         torch.testing.assert_close(base.bias.double(), bias, **allowed)
-    assert not torch.equal(base.weight, own[0])
+    assert not torch.equal(base.weight, before["base_model.model.layer.base_layer.weight"])
     model.unmerge_adapter()
     _assert_unchanged(model, before)
-    assert all(a is b for a, b in zip(base.parameters(), own, strict=True))  # optimizers and ties hold on to them
+    # In place: optimizers, ties and whoever else holds on to the parameters sees one and the same.
+    assert all(a is b and a.data_ptr() == at for a, b, at in zip(base.parameters(), own, places, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -165,12 +171,13 @@ def test_disabling_a_merged_model_gives_the_base_model_exactly(
 ) -> None:
     inputs, model = family.inputs(), adapted(family)
     base = family.build().requires_grad_(False)(**inputs).logits
-    unmerged = model(**inputs).logits
+    unmerged, before = model(**inputs).logits, _weights(model)
     model.merge_adapter()
     merged, weights = model(**inputs).logits, _weights(model)
     with model.disable_adapter():
         assert torch.equal(model(**inputs).logits, base)
-        _assert_unchanged(model, weights)
+        _assert_unchanged(model, before)
+    _assert_unchanged(model, weights)
     assert torch.equal(model(**inputs).logits, merged)
     assert all(layer.merged for _, layer in model.base_model.layers())
     model.unmerge_adapter()
@@ -269,6 +276,299 @@ def test_a_merged_model_is_saved_copied_moved_and_loaded_into(
     _assert_unchanged(model, {name: value.bfloat16() for name, value in before.items()})
 
 
+# --- in place, and back ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_folding_and_unfolding_with_vectors_that_change_leaves_every_bit(
+    dtype: torch.dtype, families: dict[str, Family], adapted: Callable[..., ia3.IA3Model]
+) -> None:
+    model = adapted(families["gpt2"], dtype)
+    vectors = [parameter for name, parameter in model.named_parameters() if "ia3_l" in name]
+    base = {name: value for name, value in _weights(model).items() if "ia3_l" not in name}
+    for step in range(30):
+        model.merge_adapter()
+        with torch.no_grad():
+            for vector in vectors:  # as an optimizer does, while the old ones are in the weights
+                vector.add_(0.1 * torch.randn_like(vector))
+                vector.view(-1)[step % vector.numel()] = (0.0, 1e-30, -2.0)[step % 3]
+        model.unmerge_adapter()
+    _assert_unchanged(model, base | {name: value for name, value in _weights(model).items() if "ia3_l" in name})
+
+
+@pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_swapping_gives_the_bits_of_unmerging_and_merging(kind: str, is_feedforward: bool) -> None:
+    swapped, fresh = (_one_layer(ia3, kind, is_feedforward, torch.bfloat16, adapters=3) for _ in range(2))
+    before = _weights(swapped)
+    swapped.merge_adapter()
+    for old, new in [("default", "a2"), ("a2", "a1"), ("a1", "default"), ("default", "default"), ("default", "a1")]:
+        swapped.swap_adapter(old, new)
+        fresh.set_adapter(new)
+        fresh.merge_adapter()
+        _assert_unchanged(swapped, _weights(fresh))
+        fresh.unmerge_adapter()
+        assert swapped.active_adapters == swapped.get_base_model().layer.merged_adapters == [new]
+    swapped.unmerge_adapter()
+    _assert_unchanged(swapped, before)
+
+
+def test_swapping_reaches_the_layers_of_both_adapters_and_the_heads(
+    families: dict[str, Family], adapted: Callable[..., ia3.IA3Model]
+) -> None:
+    family = families["bert"]
+    model, inputs = adapted(family), family.inputs()
+    model.add_adapter("other", ia3.IA3Config(task_type="SEQ_CLS", target_modules=["query", "value"],
+                                             feedforward_modules=[]))  # fmt: skip
+    perturb(model, 8)
+    before = _weights(model)
+    model.set_adapter("other")
+    expected = model(**inputs).logits
+    model.set_adapter("default")
+    model.merge_adapter()
+    model.swap_adapter("default", "other")
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    layers = dict(model.base_model.layers())
+    assert {path: layer.merged_adapters for path, layer in layers.items()} == {
+        path: ["other"] * ("query" in path or "value" in path) for path in layers
+    }
+    model.unmerge_adapter()
+    _assert_unchanged(model, before)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_swapping_one_of_several(families: dict[str, Family]) -> None:
+    swapped, fresh = (_one_layer(ia3, "linear", False, adapters=3) for _ in range(2))
+    swapped.base_model.set_adapter(["default", "a1"])
+    swapped.merge_adapter()
+    swapped.swap_adapter("default", "a2")
+    assert swapped.get_base_model().layer.merged_adapters == ["a1", "a2"]
+    assert swapped.active_adapters == ["a2", "a1"]
+    fresh.merge_adapter(["a1", "a2"])
+    _assert_unchanged(swapped, _weights(fresh))
+    with pytest.raises(ia3.IA3Error, match="adapter 'default' is not merged into any layer"):
+        swapped.swap_adapter("default", "a1")
+    with pytest.raises(ia3.IA3Error, match="no adapter 'nobody'"):
+        swapped.swap_adapter("a1", "nobody")
+    _assert_unchanged(swapped, _weights(fresh))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_undoing_keeps_is_one_bit_a_weight_and_merging_makes_no_copy(dtype: torch.dtype) -> None:
+    base = nn.Sequential(nn.Linear(4096, 4096), nn.Linear(4096, 4096)).to(dtype)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    model = ia3.get_peft_model(base, ia3.IA3Config(target_modules=["0", "1"], feedforward_modules=["1"]))
+    with torch.no_grad():
+        for _, layer in model.base_model.layers():
+            layer.ia3_l["default"].normal_(1, 0.2)
+    held_bytes = 2 * 4096 * 4096 // 8 + 4096 // 8
+    status = Path("/proc/self/status")
+
+    def resident(field: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) << 10
+
+    model.merge_adapter()  # threads and their workspaces, once
+    model.unmerge_adapter()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    except OSError:
+        pytest.skip("the peak of resident memory cannot be reset here")
+    before = resident("VmRSS")
+    model.merge_adapter(safe_merge=True)
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    # Twice: the new residual of a layer is made before the old one goes.
+    assert resident("VmHWM") - before < 2 * held_bytes + (2 << 20)
+    residuals = [p.residual for _, layer in model.base_model.layers() for p in layer._held.parameters.values()]
+    assert sum(residual.nbytes for residual in residuals) == held_bytes
+
+
+def test_merging_inexactly_keeps_nothing_and_says_so() -> None:
+    exact, inexact = (_one_layer(ia3, "linear", False, torch.bfloat16, adapters=2) for _ in range(2))
+    exact.merge_adapter()
+    inexact.merge_adapter(exact=False, safe_merge=True)
+    merged = _weights(exact)
+    _assert_unchanged(inexact, merged)
+    assert all(parameter.residual is None for parameter in inexact.get_base_model().layer._held.parameters.values())
+    for operation in (
+        inexact.unmerge_adapter,
+        lambda: inexact.swap_adapter("default", "a1"),
+        lambda: inexact.merge_adapter(["a1"]),
+        lambda: inexact.base_model.disable_adapter_layers(),
+        lambda: inexact.merge_and_unload(adapter_names=["a1"]),
+    ):
+        with pytest.raises(
+            ia3.IA3Error, match=r"default was merged into 'layer' with exact=False.*load the base model"
+        ):
+            operation()
+        _assert_unchanged(inexact, merged)
+        assert inexact.get_base_model().layer.merged_adapters == ["default"]
+        assert not inexact.get_base_model().layer.disable_adapters
+    assert torch.equal(inexact.merge_and_unload().layer.weight, merged["base_model.model.layer.base_layer.weight"])
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_merged_under_one_mode_and_unmerged_under_another(
+    grad_mode: Any, families: dict[str, Family], adapted: Callable[..., ia3.IA3Model]
+) -> None:
+    model = adapted(families["llama"])
+    model.add_adapter("other", ia3.IA3Config())
+    before = _weights(model)
+    with grad_mode():
+        model.merge_adapter()
+    model.swap_adapter("default", "other")
+    with grad_mode():
+        model.swap_adapter("other", "default")
+    model.unmerge_adapter()
+    _assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("is_disabled", [False, True])
+def test_a_merged_layer_is_converted_and_laid_out_anew(is_disabled: bool) -> None:
+    model = _one_layer(ia3, "grouped conv2d", True)
+    before = _weights(model)
+    model.merge_adapter()
+    merged = _weights(model)
+    if is_disabled:
+        model.base_model.disable_adapter_layers()
+    model.to(memory_format=torch.channels_last)
+    if is_disabled:
+        _assert_unchanged(model, before)
+        model.base_model.enable_adapter_layers()
+    _assert_unchanged(model, merged)
+    assert not _base(model).weight.is_contiguous()
+    model.double()
+    vector = model.get_base_model().layer.ia3_l["default"]
+    expected = _formula("grouped conv2d", True, _base(_one_layer(ia3, "grouped conv2d", True)), vector)
+    assert torch.equal(_base(model).weight, expected[0])
+    model.float().unmerge_adapter()
+    _assert_unchanged(model, before)
+    model.merge_adapter()
+    assert not model.to("meta").get_base_model().layer.merged  # the weights are gone, and what they held
+
+
+# --- merged, a model says what it cannot do ----------------------------------------------------------------------
+
+
+def test_a_merged_weight_that_is_written_to_cannot_be_unmerged() -> None:
+    model = _one_layer(ia3, "linear", False, adapters=2)
+    state = _weights(model)
+    model.merge_adapter()
+    model.load_state_dict(state)
+    before = _weights(model)
+    for operation in (
+        model.unmerge_adapter,
+        lambda: model.swap_adapter("default", "a1"),
+        lambda: model.merge_adapter(["a1"]),
+        lambda: model.disable_adapter().__enter__(),
+    ):
+        with pytest.raises(ia3.IA3Error, match=r"the weight of 'layer' was written to while default was merged"):
+            operation()
+        _assert_unchanged(model, before)
+
+
+def test_training_a_merged_model_says_what_is_wrong() -> None:
+    model, x = _one_layer(ia3, "linear", False).train(), torch.randn(2, 4, requires_grad=True)
+    model.merge_adapter()
+    loss = model(x).square().sum()
+    with pytest.raises(ia3.IA3Error, match="default is merged into the weights, where its vectors get no gradient"):
+        loss.backward()
+    model.eval()(x).sum().backward()  # whose gradient asks for inputs alone
+    assert x.grad is not None
+    with model.disable_adapter():
+        model.train()(x).sum().backward()
+    model.unmerge_adapter()
+    model(x).sum().backward()
+    assert model.get_base_model().layer.ia3_l["default"].grad is not None
+
+
+def test_merging_while_disabled_is_refused() -> None:
+    model = _one_layer(ia3, "linear", False, adapters=2)
+    before = _weights(model)
+    model.merge_adapter()
+    merged = _weights(model)
+    with model.disable_adapter():
+        for operation in (
+            lambda: model.merge_adapter(["a1"]),
+            lambda: model.swap_adapter("default", "a1"),
+            model.merge_and_unload,
+        ):
+            with pytest.raises(ia3.IA3Error, match=r"the adapters of 'layer' are disabled; leave"):
+                operation()
+            _assert_unchanged(model, before)
+        with model.disable_adapter():
+            _assert_unchanged(model, before)
+        _assert_unchanged(model, before)
+    _assert_unchanged(model, merged)
+    with model.disable_adapter():
+        model.unmerge_adapter()
+    _assert_unchanged(model, before)
+    assert not model.get_base_model().layer.merged
+
+
+def test_weights_that_are_not_there_are_refused() -> None:
+    model = _one_layer(ia3, "linear", False).to("meta")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ia3.IA3Error, match=r"cannot merge into 'layer', whose weight is on the meta device"):
+            merge()
+
+
+def test_merged_embeddings_are_not_saved(
+    families: dict[str, Family], adapted: Callable[..., ia3.IA3Model], tmp_path: Path
+) -> None:
+    model = adapted(families["llama"], target_modules=["lm_head"], feedforward_modules=[])
+    model.merge_adapter()
+    for save in (model.save_pretrained, lambda _, **options: ia3.get_peft_model_state_dict(model, **options)):
+        with pytest.raises(ia3.IA3Error, match="default is merged into the embeddings, which were to be saved"):
+            save(tmp_path / "adapter", save_embedding_layers=True)
+    assert not (tmp_path / "adapter").exists()
+    model.save_pretrained(tmp_path / "adapter")
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+
+
+# --- interrupts --------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_waits_for_the_step_and_is_not_lost() -> None:
+    steps: list[str] = []
+
+    def in_between() -> None:
+        with held_back() as let_through:
+            signal.raise_signal(signal.SIGINT)
+            steps.append("held back")
+            let_through()
+            steps.append("never")
+
+    def at_the_end() -> None:
+        with held_back():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("to the end")
+        steps.append("never")
+
+    def inside_another() -> None:
+        with held_back() as let_through:
+            at_the_end()
+            steps.pop()
+            let_through()
+            steps.append("never")
+
+    for steps_then_interrupt in (in_between, at_the_end, inside_another):
+        with pytest.raises(KeyboardInterrupt):
+            steps_then_interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert steps == ["held back", "to the end", "to the end"]
+
+
+def test_other_threads_merge_as_well() -> None:
+    model = _one_layer(ia3, "linear", False)
+    thread = threading.Thread(target=model.merge_adapter)
+    thread.start()
+    thread.join()
+    assert model.get_base_model().layer.merged
+
+
 # --- what does not work changes nothing ---------------------------------------------------------------------------
 
 
@@ -328,44 +628,91 @@ def test_safe_merging_starts_from_the_weights_without_vectors() -> None:
     assert bool(merged.layer.weight.isfinite().all())
 
 
-@pytest.mark.parametrize("failing", [0, 1, 4, 11])
+@pytest.fixture(params=[0, 1, 4, 11])
+def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Once armed with a number (``append``), the parameter after so many fails; after that everything works again."""
+    move, armed = held._move, list[int]()
+
+    def fail_once(*arguments: Any) -> Any:
+        if armed:
+            armed[0] -= 1
+            if armed[0] < 0:
+                armed.clear()
+                raise MemoryError
+        return move(*arguments)
+
+    monkeypatch.setattr(held, "_move", fail_once)
+    armed.append(request.param)
+    return armed
+
+
+OPERATIONS: dict[str, Callable[[ia3.IA3Model], Any]] = {
+    "merge": lambda model: model.merge_adapter(["default", "other"]),
+    "merge safely": lambda model: model.merge_adapter(["default", "other"], safe_merge=True),
+    "merge inexactly": lambda model: model.merge_adapter(["default", "other"], exact=False),
+    "unmerge": lambda model: model.unmerge_adapter(),
+    "swap": lambda model: model.swap_adapter("default", "other"),
+    "unload": lambda model: model.merge_and_unload(adapter_names=["other"]),
+    "disable": lambda model: model.base_model.disable_adapter_layers(),
+}
+
+
+def _two_adapters(family: Family, adapted: Callable[..., ia3.IA3Model]) -> ia3.IA3Model:
+    everything: dict[str, Any] = {"target_modules": "all-linear", "feedforward_modules": ["dense_4h_to_h"]}
+    model = adapted(family, **everything)
+    model.add_adapter("other", ia3.IA3Config(**everything))
+    perturb(model, 8)
+    return model
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("is_merged_before", [False, True])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_failure_half_way_leaves_nothing_behind(
-    failing: int,
+    operation: str,
     is_merged_before: bool,
+    error: type[BaseException],
+    failing: list[int],
     families: dict[str, Family],
     adapted: Callable[..., ia3.IA3Model],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    family = families["gpt_neox"]
-    model = adapted(family, target_modules="all-linear", feedforward_modules=["dense_4h_to_h"])
-    model.add_adapter("other", ia3.IA3Config(target_modules="all-linear", feedforward_modules=["dense_4h_to_h"]))
-    perturb(model, 8)
+    if not is_merged_before and operation in ("unmerge", "swap", "disable"):
+        pytest.skip("there is nothing to fail")
+    family, after = families["gpt_neox"], failing.pop()
+    model = _two_adapters(family, adapted)
     layers = model.base_model.layers()
-    calls = min(failing, len(layers) - 1)
+    unmerged = _weights(model)
     if is_merged_before:
         model.merge_adapter()
     before, logits = _weights(model), model(**family.inputs()).logits
-    originals = [dict(layer._originals) for _, layer in layers]
-    scale = merging._scale
+    parameters = list(model.parameters())
+    failing.append(after)
+    if error is KeyboardInterrupt:  # a real one, between two instructions of whichever layer it meets
+        move, armed = held._move, failing[:]
+        failing.clear()
 
-    def fail_once(*arguments: Any) -> None:
-        nonlocal calls
-        calls -= 1
-        if calls == -1:
-            raise MemoryError
-        scale(*arguments)
+        def interrupt(*arguments: Any) -> Any:
+            result = move(*arguments)
+            armed[0] -= 1
+            if armed[0] == -1:
+                signal.raise_signal(signal.SIGINT)
+            return result
 
-    monkeypatch.setattr(merging, "_scale", fail_once)
-    with pytest.raises(MemoryError):
-        model.merge_adapter(["default", "other"])
-    assert calls < 0
+        monkeypatch.setattr(held, "_move", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(error):
+        OPERATIONS[operation](model)
+    assert signal.getsignal(signal.SIGINT) is handler
     _assert_unchanged(model, before)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert [layer.merged_adapters for _, layer in layers] == [["default"] * is_merged_before] * len(layers)
-    for (_, layer), own in zip(layers, originals, strict=True):
-        assert layer._originals.keys() == own.keys()
-        assert all(layer._originals[name] is parameter for name, parameter in own.items())
     assert torch.equal(model(**family.inputs()).logits, logits)
+    if is_merged_before:  # and what undoes it is whole
+        with model.disable_adapter():
+            _assert_unchanged(model, unmerged)
+        model.unmerge_adapter()
+        _assert_unchanged(model, unmerged)
 
 
 class _Doubled(nn.Module):
@@ -463,6 +810,22 @@ def test_two_targets_that_share_a_weight_are_scaled_each() -> None:
     assert base[1].base_layer.weight is base[0].base_layer.weight
     assert torch.equal(model(x), expected)
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_parameters_that_share_their_memory_are_tied_too() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base[1].weight = nn.Parameter(base[0].weight.data)
+    model = ia3.get_peft_model(base, ia3.IA3Config(target_modules=["0"], feedforward_modules=[]))
+    perturb(model)
+    before = _weights(model)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(base[1].weight, before["base_model.model.1.weight"])
+    model.unmerge_adapter()
+    _assert_unchanged(model, before)
+    assert base[0].base_layer.weight.data_ptr() == base[1].weight.data_ptr()
 
 
 def test_the_progress_bar_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,191 @@
+"""Merging a vector into a weight where it lies, and taking it out again to the bit.
+
+A residual of one bit a weight is what exact undoing needs: ``w' = round(w l)`` sends at most two weights, neighbours
+among the bit patterns, to one value, and the lowest bit of ``w`` tells them apart. Weights for which that is not enough
+(subnormal or infinite results, ``l = 0``) are found while merging, and kept. See ``docs/exact-merging.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schemas import DTYPES
+
+_ops: Any = torch.ops.ia3
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """What :func:`unmerge_` needs to restore a weight; its three tensors are all there is to store.
+
+    parity: uint8 ``[rows, ceil(cols / 8)]``, the lowest bit of every weight of the matrix as it lies in memory; bit i
+        of byte j is column 8 j + i. A one-dimensional weight is one row, a convolution's is ``[out, in * spatial]``.
+    positions: int64 ``[E]``, ascending, ``row * cols + column`` of the weights that their parity cannot restore.
+    bits: int16, int32 or int64 ``[E]``, the bit patterns of those weights.
+    """
+
+    parity: Tensor
+    positions: Tensor
+    bits: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all three, in bytes."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in (self.parity, self.positions, self.bits))
+
+    def to(self, device: torch.device | str) -> Residual:
+        """The same on another device."""
+        return Residual(self.parity.to(device), self.positions.to(device), self.bits.to(device))
+
+
+@torch.no_grad()
+def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, safe: bool = False) -> Residual | None:
+    """Scale a weight in place along its outputs (``dim=0``) or inputs (``dim=1``): ``w ← round(w ∘ scale)``.
+
+    Args:
+        weight: ``[out]``, ``[out, in]`` or a convolution's ``[out, in / groups, *spatial]``; fp32, bf16, fp16 (fp64 in
+            the reference). A transposed view is taken as it lies.
+        scale: ``[out]`` or ``[in]``, any floating dtype, computed with in fp32; any value.
+        dim: 0 or 1. A convolution's groups follow from the length of an input scale.
+        exact: return what :func:`unmerge_` needs, one bit a weight and ten bytes for each one that needs more.
+        safe: raise where a result would not be finite; found in one reading pass, before anything is written.
+
+    Returns:
+        The residual, or None unless ``exact``. No temporary of the weight's size is made.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
+        ValueError: ``safe``, and a result would not be finite.
+        Whatever is raised, the weight is as it was.
+    """
+    matrix, factors, along = _matrix("merge_", "scale", weight, scale, dim)
+    if safe and not bool(_ops.stays_finite(matrix, factors, along)):
+        raise ValueError(
+            f"merge_: the scaled weight would not be finite in {str(weight.dtype).removeprefix('torch.')}; correct the "
+            "scale, or merge without safe: nothing was written."
+        )
+    if exact:
+        return Residual(*_ops.merge_exact_(matrix, factors, along))
+    if along == 0:
+        _ops.scale_weight_(matrix, factors, 0)
+    else:
+        for part, factor in zip(matrix.unflatten(0, (len(factors), -1)), factors, strict=True):
+            _ops.scale_weight_(part, factor, 1)
+    return None
+
+
+@torch.no_grad()
+def unmerge_(weight: Tensor, scale: Tensor, dim: int, residual: Residual) -> None:
+    """Take ``scale`` out of a weight that :func:`merge_` put it into: every bit comes back.
+
+    ``weight``, ``scale`` and ``dim`` are those of the merge, with the same values; ``residual`` is what it returned.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
+    """
+    matrix, factors, along = _matrix("unmerge_", "scale", weight, scale, dim)
+    _ops.unmerge_exact_(matrix, factors, along, residual.parity, residual.positions, residual.bits)
+
+
+@torch.no_grad()
+def swap_(weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, residual: Residual) -> Residual:
+    """Go from one merged scale to another, in one pass over the weight.
+
+    The result is that of :func:`unmerge_` with ``old_scale`` and an exact :func:`merge_` of ``new_scale``, bit by bit.
+    The parity is the same for every scale, and is shared between the two residuals.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
+    """
+    matrix, old, along = _matrix("swap_", "old_scale", weight, old_scale, dim)
+    _, new, _ = _matrix("swap_", "new_scale", weight, new_scale, dim)
+    escapes = _ops.swap_exact_(matrix, old, new, along, residual.parity, residual.positions, residual.bits)
+    return Residual(residual.parity, *escapes)
+
+
+@torch.no_grad()
+def stays_finite(weight: Tensor, scale: Tensor, dim: int = 0) -> bool:
+    """Whether :func:`merge_` would give finite values only; one reading pass. Arguments and errors are those of it."""
+    return bool(_ops.stays_finite(*_matrix("stays_finite", "scale", weight, scale, dim)))
+
+
+def _matrix(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
+    """The weight as a matrix whose rows lie together in memory, uncopied; the factors of its rows ``[rows]``, or of its
+    columns ``[groups, cols]``; and which of the two (0 or 1)."""
+    shape = list(weight.shape)
+    torch._check(
+        weight.dtype in DTYPES,
+        lambda: f"{op}: weight has dtype {weight.dtype}; expected one of {', '.join(map(str, DTYPES))}.",
+    )
+    torch._check(
+        weight.device.type != "meta",
+        lambda: f"{op}: weight is on the meta device, which holds no values; load it first.",
+    )
+    torch._check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the outputs) or 1 (the inputs).")
+    torch._check(
+        weight.dim() > dim,
+        lambda: (
+            f"{op}: weight has shape {shape} and dim is {dim}; expected [out] (dim 0), [out, in] or a convolution's."
+        ),
+    )
+    torch._check(
+        scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype."
+    )
+    torch._check(
+        scale.device == weight.device,
+        lambda: f"{op}: {name} is on {scale.device}, but weight is on {weight.device}; move one of them.",
+    )
+    is_convolution, features = weight.dim() > 2, weight.shape[dim]
+    # An input scale has the channels of all groups, a convolution's weight those of one.
+    groups = scale.numel() // features if is_convolution and dim == 1 and features else 1
+    torch._check(
+        scale.dim() == 1 and len(scale) == groups * features and groups > 0 and shape[0] % groups == 0,
+        lambda: f"{op}: {name} has shape {list(scale.shape)}; expected [{features}], for a weight {shape}.",
+    )
+    factors = scale.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    weight = weight.detach()
+    if is_convolution:
+        return _convolution(op, weight, factors, dim)
+    if weight.dim() == 1:  # one row, or where it is strided one column
+        return (weight[None], factors[None], 1) if weight.stride(0) == 1 else (weight[:, None], factors, 0)
+    rows, cols = weight.shape
+    if weight.stride(1) != 1 and cols > 1:
+        torch._check(
+            weight.stride(0) == 1 or rows <= 1,
+            lambda: (
+                f"{op}: weight has strides {list(weight.stride())}; expected adjacent rows or columns: copy it first."
+            ),
+        )
+        weight, dim = weight.t(), 1 - dim
+    _check_overlap(op, weight)
+    return weight, factors if dim == 0 else factors[None], dim
+
+
+def _convolution(op: str, weight: Tensor, factors: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
+    """Rows are output channels; columns are inputs and spatial positions, in the order of memory."""
+    out, inputs = weight.shape[:2]
+    positions = weight[0, 0].numel() if weight.numel() else 0
+    is_channels_last = not weight[:1].is_contiguous() and weight[:1].movedim(1, -1).is_contiguous()
+    torch._check(
+        is_channels_last or weight[:1].is_contiguous(),
+        lambda: f"{op}: weight has strides {list(weight.stride())}; expected a contiguous or channels_last weight.",
+    )
+    matrix = (weight.movedim(1, -1) if is_channels_last else weight).view(out, inputs * positions)
+    _check_overlap(op, matrix)
+    if dim == 0:
+        return matrix, factors, 0
+    per_group = factors.view(-1, 1, inputs) if is_channels_last else factors.view(-1, inputs, 1)
+    expanded = per_group.expand(-1, positions, -1) if is_channels_last else per_group.expand(-1, -1, positions)
+    return matrix, expanded.reshape(len(per_group), -1), 1
+
+
+def _check_overlap(op: str, matrix: Tensor) -> None:
+    rows, cols = matrix.shape
+    torch._check(
+        rows <= 1 or matrix.stride(0) >= cols,
+        lambda: f"{op}: the rows of weight overlap in memory (strides {list(matrix.stride())}); copy it first.",
+    )
