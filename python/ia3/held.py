@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ia3_kernels import Residual, merge_, swap_, unmerge_
 
+from . import quantized_merging
 from .errors import IA3Error
+from .quantized_merging import Route
 
 
 @dataclass
@@ -37,13 +39,15 @@ class _Parameter:
 class Held:
     """What a merged layer holds: the adapters' names, the product of their vectors, and how to undo it.
 
-    The product is kept because vectors change, and a weight must be divided by what it was multiplied with.
+    The product is kept because vectors change, and a weight must be divided by what it was multiplied with. Of a
+    quantized layer, ``route`` says which scales hold it, and there are no ``parameters``.
     """
 
     names: list[str]
     scale: Tensor
     parameters: dict[str, _Parameter]
     is_exact: bool = True
+    route: Route | None = None
 
     @property
     def shared(self) -> set[str]:
@@ -71,6 +75,9 @@ def check_unwritten(path: str, layer: Any) -> None:
     """Raise :class:`IA3Error` where a merged layer cannot be unmerged any more."""
     held: Held | None = layer._held
     if held is None or layer._is_suspended:
+        return
+    if held.route is not None:
+        quantized_merging.check_unwritten(held.route, held.names)
         return
     if not held.is_exact:
         raise IA3Error(
@@ -118,13 +125,23 @@ def _move(
     return None if residual is None else _Parameter(residual, None, _written(parameter))
 
 
-def hold(layer: Any, names: Sequence[str], scale: Tensor | None, shared: Collection[str]) -> None:
+def hold(
+    layer: Any, names: Sequence[str], scale: Tensor | None, shared: Collection[str], route: Route | None = None
+) -> None:
     """Let the layer's parameters hold ``scale [n]`` instead of whatever they hold; ``None``: nothing.
 
-    shared: the names of parameters that others use too: scaled copies stand in for them. Where the layer holds
-        something, what was shared before counts.
+    shared: the names of parameters that others use too: scaled copies stand in for them.
+    route: of a quantized layer, where its vectors go.
+
+    Where the layer holds something, what was shared before counts, and its route.
     """
     base, before = layer.base_layer, layer._held
+    route = route if before is None else before.route
+    if route is not None:
+        quantized_merging.move(route, scale)
+        layer._held = None if scale is None else Held(list(names), scale, {}, route=route)
+        layer.merged_adapters = list(names)
+        return
     old = None if before is None else before.scale
     shared = shared if before is None else before.shared
     done: dict[str, _Parameter | None] = {}
@@ -147,7 +164,10 @@ def hold(layer: Any, names: Sequence[str], scale: Tensor | None, shared: Collect
 
 def restore(layer: Any, held: Held | None, shared: Collection[str]) -> None:
     """Let the layer hold what it held before."""
-    hold(layer, held.names if held else [], held.scale if held else None, held.shared if held else shared)
+    if held is None:
+        hold(layer, [], None, shared)
+    else:
+        hold(layer, held.names, held.scale, held.shared, held.route)
 
 
 def suspend(layer: Any) -> None:
@@ -162,7 +182,7 @@ def resume(layer: Any) -> None:
     held = layer._held
     layer._held = None
     try:
-        hold(layer, held.names, held.scale, held.shared)
+        hold(layer, held.names, held.scale, held.shared, held.route)
     except BaseException:
         layer._held = held
         raise
@@ -193,4 +213,6 @@ def taken_out(layer: Any) -> Iterator[None]:
 
 def forget(layer: Any) -> None:
     """Leave the parameters as they are, as the layer's own for good."""
+    if layer._held is not None and layer._held.route is not None and not layer._is_suspended:
+        quantized_merging.forget(layer._held.route)
     layer._held, layer._is_suspended, layer.merged_adapters = None, False, []

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,21 +20,35 @@ from tqdm.auto import tqdm
 
 from ia3_kernels import stays_finite
 
-from . import held
+from . import held, quantized_merging
 from .errors import IA3Error
 from .interrupts import held_back
-from .layers import IA3Layer, active_vectors, is_untouched, plain_weight
+from .layers import IA3Layer, ScaledLayer, active_vectors, is_untouched, plain_weight
+from .mlp import up_projections
+from .quantized_merging import Route
+from .quantized_scales import format_of
 
 NamedLayer = tuple[str, IA3Layer]
 # A layer, the adapters that it is to hold, and the product of their vectors (None: nothing)
 _Change = tuple[str, IA3Layer, list[str], Tensor | None]
 
 
-def check_mergeable(layers: Iterable[NamedLayer]) -> None:
-    """Raise :class:`IA3Error` where a weight cannot be scaled (a quantized layer, hooks), before anything is."""
+def check_mergeable(model: nn.Module, layers: Iterable[NamedLayer], requantize: bool = False) -> dict[str, Route]:
+    """Raise :class:`IA3Error` where a weight cannot be scaled (hooks, scales of too many rows), before anything is.
+
+    Returns where the vectors of quantized layers go, by the layers' names.
+    """
+    layers, routes = list(layers), {}
+    is_quantized = any(format_of(layer.base_layer) is not None for _, layer in layers)
+    ups = up_projections(model) if is_quantized else {}
     for path, layer in layers:
         base = layer.base_layer
-        if plain_weight(base) is None and not _is_plain_convolution(base):
+        if format_of(base) is not None:
+            if layer._held is not None and layer._held.route is not None:
+                routes[path] = layer._held.route
+            elif not base._parameters["weight"].is_meta:
+                routes[path] = quantized_merging.find_route(path, layer, ups.get(id(layer)), requantize)
+        elif plain_weight(base) is None and not _is_plain_convolution(base):
             raise IA3Error(
                 f"cannot merge into {path!r}, a {type(base).__name__} whose weight is not a plain tensor, or which has "
                 "hooks; run the model unmerged, or load it unquantized."
@@ -41,6 +56,7 @@ def check_mergeable(layers: Iterable[NamedLayer]) -> None:
         if base._parameters["weight"].is_meta:
             raise IA3Error(f"cannot merge into {path!r}, whose weight is on the meta device; load the weights first.")
         held.check_unwritten(path, layer)
+    return routes
 
 
 def _check_enabled(layers: Iterable[NamedLayer]) -> None:
@@ -102,8 +118,9 @@ def _uses(model: nn.Module) -> Counter[tuple[Any, int]]:
     """How many modules use each parameter; an original that a scaled copy stands in for is in use too."""
     uses = Counter(_address(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for module in model.modules():
-        if isinstance(module, IA3Layer) and module._held is not None and not module._is_suspended:
-            uses.update(_address(p.original) for p in module._held.parameters.values() if p.original is not None)
+        now: held.Held | None = getattr(module, "_held", None) if isinstance(module, ScaledLayer) else None
+        if now is not None and not module._is_suspended:
+            uses.update(_address(p.original) for p in now.parameters.values() if p.original is not None)
     return uses
 
 
@@ -120,6 +137,7 @@ def _apply(
     safe: bool = False,
     progressbar: bool = False,
     let_through: Callable[[], None] = lambda: None,
+    routes: Mapping[str, Route] = MappingProxyType({}),
 ) -> None:
     """Change all of these layers, or after an exception (an interrupt, too) none."""
     uses = _uses(model)
@@ -127,12 +145,20 @@ def _apply(
     with held_back() as interrupt:
         try:
             for path, layer, names, scale in changes:
-                if safe and scale is not None and layer._held is None:
+                if path in routes:
+                    quantized_merging.check_unshared(routes[path], uses, _address)
+                elif safe and scale is not None and layer._held is None:
                     _check_finite(path, layer, names, scale)
             for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
                 interrupt()
                 let_through()
-                before = layer._held
+                before, route = layer._held, routes.get(path)
+                if route is not None:
+                    held.hold(layer, names, scale, (), route)
+                    done.append((layer, before, set()))
+                    if safe and scale is not None:
+                        quantized_merging.check_finite(route, names)
+                    continue
                 shared = _shared(layer, uses) if before is None else before.shared
                 if safe and scale is not None and before is not None:
                     # Its weights hold other vectors, and without them only can one tell.
@@ -156,13 +182,16 @@ def merge(
     adapter_names: Sequence[str] | None = None,
     safe: bool = False,
     exact: bool = True,
+    requantize: bool = False,
 ) -> None:
     """Let the base layers of ``model`` hold the vectors of adapters, in place. All or nothing.
 
     adapter_names: which of a layer's adapters; the active ones if ``None``. Adapters merged before stay merged, and the
         product of all is rounded once.
     safe: raise if a value would not be finite.
-    exact: keep one bit a weight, by which :func:`unmerge` restores every bit; else it refuses.
+    exact: keep one bit a weight, by which :func:`unmerge` restores every bit; else it refuses. The scales of quantized
+        weights, which are few, are always kept.
+    requantize: where a quantized weight has no scales for a vector, quantize it anew, with a warning of the error.
 
     Raises :class:`IA3Error` and changes nothing.
     """
@@ -174,15 +203,35 @@ def merge(
         warnings.warn("there is nothing to merge: the adapters are merged already, or not in any layer.", stacklevel=3)
         return
     _check_enabled(layers)
-    check_mergeable((path, layer) for path, layer, _, _ in changes)
-    _apply(model, changes, safe)
+    routes = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
+    _apply(model, changes, safe, routes=routes)
+    _warn_of_errors(routes)
     if not exact:
         for _, layer, _, _ in changes:
             _drop_residuals(layer)
 
 
+def _routes_of(changes: Iterable[_Change]) -> dict[str, Route]:
+    """Where the vectors of quantized layers are now."""
+    found = ((path, layer._held) for path, layer, _, _ in changes)
+    return {path: now.route for path, now in found if now is not None and now.route is not None}
+
+
+def _warn_of_errors(routes: Mapping[str, Route]) -> None:
+    """Say what was quantized anew, and how far it is from the exact weights."""
+    found = ((quantized_merging.error_of(route), route.path) for route in routes.values() if route.requantizes)
+    errors = sorted((error, path) for error, path in found if error is not None)
+    if errors:
+        (least, _), (most, path) = errors[0], errors[-1]
+        warnings.warn(
+            f"{len(errors)} weights were quantized anew, and are between {least:.2g} and {most:.2g} of their norm away "
+            f"from the exact scaled ones ({path!r} most); unmerging restores their codes.",
+            stacklevel=4,
+        )
+
+
 def _drop_residuals(layer: IA3Layer) -> None:
-    if layer._held is not None:
+    if layer._held is not None and layer._held.route is None:
         layer._held.is_exact = False
         for parameter in layer._held.parameters.values():
             parameter.residual = None
@@ -195,7 +244,8 @@ def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
         warnings.warn("there is nothing to unmerge.", stacklevel=3)
     for path, layer in merged:
         held.check_unwritten(path, layer)
-    _apply(model, [_change(path, layer, []) for path, layer in merged if not layer._is_suspended])
+    changes = [_change(path, layer, []) for path, layer in merged if not layer._is_suspended]
+    _apply(model, changes, routes=_routes_of(changes))
     for _, layer in merged:
         held.forget(layer)
 
@@ -215,8 +265,9 @@ def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> 
             names.append(new)
         if names != layer.merged_adapters:
             changes.append(_change(path, layer, names))
-    check_mergeable((path, layer) for path, layer, _, _ in changes)
-    _apply(model, changes)
+    routes = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes))
+    _apply(model, changes, routes=routes)
+    _warn_of_errors(routes)
 
 
 def suspend(layers: Iterable[NamedLayer]) -> None:
@@ -255,6 +306,7 @@ def merge_for_good(
     safe: bool = False,
     progressbar: bool = False,
     let_through: Callable[[], None] = lambda: None,
+    requantize: bool = False,
 ) -> None:
     """Let the base layers hold the vectors as their own; the arguments are those of :func:`merge`.
 
@@ -267,7 +319,8 @@ def merge_for_good(
     for path, layer in layers:
         if names := _to_merge(layer, adapter_names):
             changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
-    check_mergeable((path, layer) for path, layer, _, _ in changes)
-    _apply(model, changes, safe, progressbar, let_through)
+    routes = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
+    _apply(model, changes, safe, progressbar, let_through, routes)
+    _warn_of_errors(routes)
     for _, layer in layers:
         held.forget(layer)

@@ -183,6 +183,48 @@ def _skipped(module: nn.Module) -> str:
     return f"{type(module).__name__} has hooks or a forward of its own, which fusing would skip"
 
 
+@dataclass(frozen=True)
+class UpProjection:
+    """The projection whose rows from ``start`` on are what the inputs of a down projection are proportional to."""
+
+    path: str
+    module: nn.Module
+    start: int
+
+
+def up_projections(model: nn.Module) -> dict[int, UpProjection | str]:
+    """For each down projection in a block of the table, by identity: the up projection that can take its input vector.
+
+    ``down((act(gate) ∘ up) ∘ scale) = down(act(gate) ∘ (up ∘ scale))``, for any vector. A sentence's end instead where
+    that does not hold.
+    """
+    found: dict[int, UpProjection | str] = {}
+    for path, block in model.named_modules():
+        row = row_of(block)
+        if row is None:
+            continue
+        name = f"the {type(block).__name__} {path!r}"
+        inner = _holder(block, row.inner)
+        up: Any = inner._modules[row.up]
+        answer: UpProjection | str
+        if row.gate is None and not row.is_joined:
+            answer = f"{name} has no gate, so that an activation stands between it and the rows of {row.up}"
+        elif not _runs_method(block, row):
+            answer = f"the {row.method} of {name} was replaced, and may compute something else"
+        else:
+            place = ".".join(part for part in (path, row.inner, row.up) if part)
+            answer = UpProjection(place, up, up.out_features // 2 if row.is_joined else 0)
+        found[id(_holder(block, row.outer)._modules[row.down])] = answer
+    return found
+
+
+def _runs_method(block: nn.Module, row: Row) -> bool:
+    """Whether the block computes what its class's method does: by itself, by our patch, or inside accelerate's hook."""
+    own = block.__dict__.get("_old_forward" if "_hf_hook" in block.__dict__ else row.method)
+    is_patch = isinstance(own, functools.partial) and own.func is fused_forward
+    return own is None or is_patch or getattr(own, "__func__", None) is getattr(type(block), row.method)
+
+
 def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
     """What the class's method computes, with ``scale`` inside the activation kernel; x ``[*, hidden]``.
 

@@ -262,10 +262,14 @@ class IA3Model(_Base):
     # --- merging ----------------------------------------------------------------------------------------------------
 
     def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, exact: bool = True
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        exact: bool = True,
+        requantize: bool = False,
     ) -> None:
         """Let the base layers hold vectors; see the tuner's method."""
-        self.base_model.merge_adapter(adapter_names, safe_merge, exact)
+        self.base_model.merge_adapter(adapter_names, safe_merge, exact, requantize)
 
     def unmerge_adapter(self) -> None:
         """Undo :meth:`merge_adapter`, to the bit."""
@@ -276,10 +280,14 @@ class IA3Model(_Base):
         self.base_model.swap_adapter(merged, adapter_name)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        requantize: bool = False,
     ) -> nn.Module:
         """The base model with vectors multiplied into its weights, in place; see the tuner's method."""
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, requantize)
 
     def unload(self) -> nn.Module:
         """The base model without adapters; this object is of no use afterwards."""

@@ -104,6 +104,8 @@ _PLACES = ("_old_forward", "forward")
 def make_differentiable(model: nn.Module) -> None:
     """Give every such layer of ``model`` its function from here, on the instance, where it can be taken back."""
     for layer in model.modules():
+        if "ia3_l" in layer._modules:  # PEFT's layer around one, of the same name
+            continue
         function = next((_FORWARDS[kind.__name__] for kind in type(layer).__mro__ if kind.__name__ in _FORWARDS), None)
         if function is not None:
             place = next((name for name in _PLACES if name in layer.__dict__), "forward")

@@ -14,6 +14,7 @@ import ia3_kernels
 
 from .layers import ScaledLayer, active_vectors, is_scaled, plain_weight
 from .mlp import Row, obstacle, patch_of, row_of
+from .quantized_merging import error_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
     return found
 
 
+def _merged(layer: Any) -> str:
+    """That a layer's vectors are merged, and where they went if it is quantized."""
+    held = getattr(layer, "_held", None)  # PEFT's layers, merged by PEFT, have none
+    if held is None or held.route is None:
+        return "merged"
+    error = error_of(held.route)
+    if error is not None:
+        return f"merged into a weight quantized anew, {error:.2g} of its norm away from the exact one"
+    return "merged into the scales" if held.route.path == held.route.owner else f"merged into {held.route.path}"
+
+
 def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dtype: torch.dtype) -> ReportRow:
     kind = "input" if layer.is_feedforward else "output"
     base = layer.base_layer
@@ -75,7 +87,7 @@ def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dty
             path, kind, f"{type(layer).__module__.partition('.')[0]}", "not accelerated: ia3.accelerate does"
         )
     if layer.disable_adapters or layer.merged or not active_vectors(layer):
-        state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "not active here"
+        state = _merged(layer) if layer.merged else "disabled" if layer.disable_adapters else "not active here"
         return ReportRow(path, kind, type(base).__name__, f"the adapter is {state}")
     reason = ""
     if layer.is_feedforward:

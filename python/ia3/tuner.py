@@ -249,7 +249,11 @@ class IA3Tuner(nn.Module):
         merging.resume(self.layers())
 
     def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, exact: bool = True
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        exact: bool = True,
+        requantize: bool = False,
     ) -> None:
         """Let the base layers hold the vectors of these adapters (of the active ones): no cost in inference.
 
@@ -258,10 +262,13 @@ class IA3Tuner(nn.Module):
 
         safe_merge: raise if a weight would not be finite.
         exact: keep one bit a weight, by which unmerging restores every bit; else there is no unmerging.
+        requantize: quantize a weight anew where it has no scales that could hold a vector (the input side of a layer
+            that no gated block feeds), and warn of the error.
 
-        Raises :class:`IA3Error`, for a quantized layer above all.
+        Vectors go into the scales of quantized layers, whose codes stay as they are; the input side of a gated block's
+        down projection goes into the up projection's. Raises :class:`IA3Error` where that cannot be.
         """
-        merging.merge(self.model, self.layers(), self._checked(adapter_names), safe_merge, exact)
+        merging.merge(self.model, self.layers(), self._checked(adapter_names), safe_merge, exact, requantize)
 
     def unmerge_adapter(self) -> None:
         """Undo :meth:`merge_adapter`, to the bit.
@@ -297,17 +304,21 @@ class IA3Tuner(nn.Module):
         return self.model
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        requantize: bool = False,
     ) -> nn.Module:
         """Multiply vectors into the weights, in place, and return the base model without adapters.
 
         The arguments are those of :meth:`merge_adapter`. Trained heads take the place of the originals. All or nothing:
         after an error or an interrupt every layer is as it was. Raises :class:`IA3Error` where a weight cannot be
-        scaled (a quantized layer).
+        scaled.
         """
         names = self._checked(adapter_names)
         with held_back() as let_through:
-            merging.merge_for_good(self.model, self.layers(), names, safe_merge, progressbar, let_through)
+            merging.merge_for_good(self.model, self.layers(), names, safe_merge, progressbar, let_through, requantize)
             for path, head in self.heads():
                 _replace(self.model, path, head.running_module())
             return self.unload()

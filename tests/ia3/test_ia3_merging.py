@@ -14,7 +14,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -739,25 +738,6 @@ def test_a_weight_that_is_not_what_the_layer_computes_with_is_refused(
     with pytest.raises(ia3.IA3Error, match="cannot merge into 'layer'"):
         (model.merge_and_unload if in_place else model.merge_adapter)()
     _assert_unchanged(model, before)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_weights_are_refused(
-    bits: int, families: dict[str, Family], tmp_path: Path, batch: dict[str, Tensor]
-) -> None:
-    pytest.importorskip("bitsandbytes")
-    families["llama"].build(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)  # 4 bits: blocks of 64
-    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
-    model = ia3.get_peft_model(base, ia3.IA3Config())
-    perturb(model)
-    expected = model(**batch).logits
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ia3.IA3Error, match=r"cannot merge into 'model\.layers\.0.*Linear(8bitLt|4bit)"):
-            merge()
-    assert torch.equal(model(**batch).logits, expected)
-    assert model.get_model_status().merged_adapters == []
 
 
 # --- ties ---------------------------------------------------------------------------------------------------------

@@ -25,72 +25,20 @@ import ia3
 from ia3 import quantized
 from ia3.layers import IA3Layer
 
+from .quantizing import (
+    BF16,
+    IN,
+    KINDS,
+    OUT,
+    ROWS,
+    dequantized_model,
+    eager_model,
+    gguf_values,
+    linear,
+    loaded,
+)
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-IN, OUT, ROWS = 64, 96, 160  # more rows than features: no weight is as large as an activation
-BF16 = torch.bfloat16
-
-
-# --- the layers -----------------------------------------------------------------------------------------------------
-
-
-def _linear() -> nn.Linear:
-    torch.manual_seed(0)
-    return nn.Linear(IN, OUT, bias=True, dtype=BF16).requires_grad_(False)
-
-
-def _bnb_8bit(linear: nn.Linear) -> tuple[nn.Module, Tensor]:
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)
-    layer.load_state_dict(linear.state_dict())
-    layer = layer.to("cpu").requires_grad_(False)
-    layer.bias.data = layer.bias.to(BF16)
-    return layer, bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
-
-
-def _bnb_4bit(linear: nn.Linear) -> tuple[nn.Module, Tensor]:
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear4bit(IN, OUT, quant_type="nf4", compute_dtype=BF16)
-    layer.load_state_dict(linear.state_dict())
-    layer = layer.to("cpu").requires_grad_(False)
-    layer.bias.data = layer.bias.to(BF16)
-    return layer, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-
-def _torchao(linear: nn.Linear) -> tuple[nn.Module, Tensor]:
-    torchao = pytest.importorskip("torchao.quantization")
-    layer = nn.Sequential(linear)
-    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
-    return layer[0].requires_grad_(False), layer[0].weight.dequantize()
-
-
-def _gguf_layer(weight: Tensor, kind: str = "Q4_1") -> Any:
-    gguf = pytest.importorskip("gguf")
-    layers = pytest.importorskip("transformers.integrations.gguf.utils")
-    number = gguf.GGMLQuantizationType[kind]
-    layer = layers.GgufLinear(weight.shape[1], weight.shape[0], int(number))
-    layer.weight.data.copy_(torch.from_numpy(gguf.quants.quantize(weight.float().numpy(), number)))
-    return layer
-
-
-def _values(layer: Any) -> Tensor:
-    """The weight of a packed GGUF layer, by the format's own package."""
-    gguf = pytest.importorskip("gguf")
-    return torch.from_numpy(gguf.quants.dequantize(layer.weight.numpy(), gguf.GGMLQuantizationType(layer.ggml_type)))
-
-
-def _gguf(linear: nn.Linear) -> tuple[nn.Module, Tensor]:
-    layer = _gguf_layer(linear.weight)
-    layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-    return layer, _values(layer)
-
-
-KINDS: dict[str, Callable[[nn.Linear], tuple[nn.Module, Tensor]]] = {
-    "bnb 8-bit": _bnb_8bit,
-    "bnb nf4": _bnb_4bit,
-    "torchao int8": _torchao,
-    "gguf": _gguf,
-}
 
 
 @pytest.fixture(params=KINDS)
@@ -123,7 +71,7 @@ def _gradients(y: Tensor, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
 
 
 def test_output_side_is_the_base_layers_output_times_the_vector_rounded_once(kind: str) -> None:
-    base, _ = KINDS[kind](_linear())
+    base, _ = KINDS[kind](linear())
     layer, vector = _scaled(base, is_feedforward=False)
     x, dy = _input().requires_grad_(), _input(features=OUT, seed=3)
     y = layer(x)
@@ -142,7 +90,7 @@ def test_output_side_is_the_base_layers_output_times_the_vector_rounded_once(kin
 
 
 def test_input_side_is_the_base_layer_on_the_scaled_input_rounded_once(kind: str) -> None:
-    base, _ = KINDS[kind](_linear())
+    base, _ = KINDS[kind](linear())
     layer, vector = _scaled(base, is_feedforward=True)
     x, dy = _input().requires_grad_(), _input(features=OUT, seed=3)
     y = layer(x)
@@ -161,7 +109,7 @@ def test_input_side_is_the_base_layer_on_the_scaled_input_rounded_once(kind: str
 
 @pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])
 def test_the_formula_holds_with_the_dequantized_weight(kind: str, is_feedforward: bool) -> None:
-    base, weight = KINDS[kind](_linear())
+    base, weight = KINDS[kind](linear())
     layer, vector = _scaled(base, is_feedforward)
     x, scale = _input(), vector.detach().reshape(-1).double()
     inner = x.double() * scale if is_feedforward else x.double()
@@ -220,7 +168,7 @@ def _upcasts(layer: Callable[[Tensor], Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])
 def test_no_activation_is_upcast(kind: str, is_feedforward: bool) -> None:
-    base, _ = KINDS[kind](_linear())
+    base, _ = KINDS[kind](linear())
     layer, _ = _scaled(base, is_feedforward)
     assert _upcasts(layer) == _upcasts(base)
 
@@ -229,7 +177,7 @@ def test_no_activation_is_upcast(kind: str, is_feedforward: bool) -> None:
 @pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])
 def test_an_upcast_would_be_seen(name: str, is_feedforward: bool) -> None:
     """PEFT's layers do it; without this the test above would pass by looking at nothing."""
-    base, _ = KINDS[name](_linear())
+    base, _ = KINDS[name](linear())
     feedforward = ["0"] if is_feedforward else []
     config = peft.IA3Config(target_modules=["0"], feedforward_modules=feedforward)
     model = nn.Sequential(base)
@@ -239,41 +187,6 @@ def test_an_upcast_would_be_seen(name: str, is_feedforward: bool) -> None:
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------
-
-
-def _loaded(folder: Path, kind: str, dtype: torch.dtype = BF16) -> Any:
-    """The model saved in ``folder``, quantized while it is loaded, as users do it."""
-    if kind == "gguf":
-        return _packed(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
-    if kind == "torchao int8":
-        torchao = pytest.importorskip("torchao.quantization")
-        config: Any = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    else:
-        pytest.importorskip("bitsandbytes")
-        config = (
-            transformers.BitsAndBytesConfig(load_in_8bit=True)
-            if kind == "bnb 8-bit"
-            else transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-        )
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map="cpu", dtype=dtype
-    )
-
-
-def _packed(model: Any) -> Any:
-    """``model`` with its linear layers packed by transformers' own function; loading a packed file needs a GPU."""
-    pytest.importorskip("gguf")
-    layers = pytest.importorskip("transformers.integrations.gguf.utils")
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
-    packed = {name: _gguf_layer(linear.weight.detach(), "Q8_0") for name, linear in linears.items()}
-    plan = {f"{name}.weight": layer.ggml_type for name, layer in packed.items()}
-    replaced = layers.replace_with_gguf_modules(model, plan, SimpleNamespace(supports=lambda ggml_type: True))
-    assert len(replaced) == len(linears)
-    for name, layer in packed.items():
-        model.get_submodule(name).weight.data = layer.weight.data
-    return model
 
 
 @pytest.fixture
@@ -287,61 +200,13 @@ def folder(families: dict[str, Any], tmp_path: Path) -> Path:
 @pytest.fixture
 def adapted(folder: Path, kind: str) -> ia3.IA3Model:
     """It, quantized, with vectors far from ones."""
-    model = ia3.get_peft_model(_loaded(folder, kind), ia3.IA3Config(task_type="CAUSAL_LM"))
+    model = ia3.get_peft_model(loaded(folder, kind), ia3.IA3Config(task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model.train()
-
-
-def _eager(model: ia3.IA3Model) -> Any:
-    """The same quantized layers and vectors by PEFT's formula, written with hooks, in fp32 between the layers."""
-    vectors = {path: (layer.is_feedforward, layer.ia3_l["default"]) for path, layer in model.base_model.layers()}
-    vectors = {path: (side, nn.Parameter(vector.detach().clone())) for path, (side, vector) in vectors.items()}
-    base = copy.deepcopy(model).unload()
-    for path, (is_feedforward, vector) in vectors.items():
-        layer = base.get_submodule(path)
-        flat = vector.reshape(-1)
-
-        def scale_input(layer: Any, args: Any, flat: Tensor = flat) -> Any:
-            return ((args[0].float() * flat).to(args[0].dtype),)
-
-        def scale_output(layer: Any, args: Any, y: Tensor, flat: Tensor = flat) -> Any:
-            return (y.float() * flat).to(y.dtype)
-
-        if is_feedforward:
-            layer.register_forward_pre_hook(scale_input)
-        else:
-            layer.register_forward_hook(scale_output)
-    return base, {path: vector for path, (_, vector) in vectors.items()}
-
-
-def _dequantized(base: Any, kind: str) -> Any:
-    """``base`` in fp64, its quantized layers as plain ones, hooks and all."""
-    for path, layer in list(base.named_modules()):
-        if type(layer).__name__ in ("Linear8bitLt", "Linear4bit", "GgufLinear") or kind == "torchao int8":
-            weight = _weight_of(layer)
-            if weight is not None:
-                plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-                plain.weight.data = weight
-                plain._forward_hooks, plain._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
-                parent, _, name = path.rpartition(".")
-                setattr(base.get_submodule(parent), name, plain.requires_grad_(False))
-    return base.double()
-
-
-def _weight_of(layer: Any) -> Tensor | None:
-    if type(layer).__name__ == "Linear8bitLt":
-        bnb = pytest.importorskip("bitsandbytes")
-        return bnb.functional.int8_vectorwise_dequant(layer.state.CB, layer.state.SCB)  # type: ignore[no-any-return]
-    if type(layer).__name__ == "Linear4bit":
-        bnb = pytest.importorskip("bitsandbytes")
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[no-any-return]
-    if type(layer).__name__ == "GgufLinear":
-        return _values(layer)
-    return layer.weight.dequantize() if type(layer) is nn.Linear and hasattr(layer.weight, "qdata") else None
 
 
 def _run(model: Any, vectors: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -352,12 +217,12 @@ def _run(model: Any, vectors: dict[str, Tensor], batch: dict[str, Tensor]) -> tu
 
 
 def test_a_model_is_as_exact_as_the_formula_in_fp32(adapted: ia3.IA3Model, kind: str, batch: dict[str, Tensor]) -> None:
-    eager, eager_vectors = _eager(adapted)
+    eager, eager_vectors = eager_model(adapted)
     logits, gradients = _run(
         adapted, {path: layer.ia3_l["default"] for path, layer in adapted.base_model.layers()}, batch
     )
     eager_logits, eager_gradients = _run(eager, eager_vectors, batch)
-    true_logits, true_gradients = _run(_dequantized(eager, kind), eager_vectors, batch)
+    true_logits, true_gradients = _run(dequantized_model(eager, kind), eager_vectors, batch)
     # The formula's own distance from fp64 is what 16-bit and 8-bit activations do to this model; twice that allows for
     # roundings in other places.
     assert (logits - true_logits).norm() <= 2 * (eager_logits - true_logits).norm()
@@ -397,21 +262,9 @@ def test_adapters_go_in_files_and_come_back(
     adapted: ia3.IA3Model, folder: Path, kind: str, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
     adapted.eval().save_pretrained(tmp_path / "adapter")
-    again = ia3.IA3Model.from_pretrained(_loaded(folder, kind), tmp_path / "adapter")
+    again = ia3.IA3Model.from_pretrained(loaded(folder, kind), tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, adapted(**batch).logits)
-
-
-def test_merging_is_refused_and_changes_nothing(adapted: ia3.IA3Model, batch: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        before = adapted(**batch).logits
-    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
-        with pytest.raises(ia3.IA3Error, match=r"cannot merge into 'model\.layers\.0\.self_attn\.k_proj'") as caught:
-            merge()
-        assert str(caught.value).endswith(".")
-    assert not any(layer.merged for _, layer in adapted.base_model.layers())
-    with torch.no_grad():
-        assert torch.equal(adapted(**batch).logits, before)
 
 
 def test_disabled_and_unloaded_models_are_the_base_model(
@@ -419,7 +272,7 @@ def test_disabled_and_unloaded_models_are_the_base_model(
 ) -> None:
     adapted.eval()
     with torch.no_grad():
-        true = _loaded(folder, kind).eval()(**batch).logits
+        true = loaded(folder, kind).eval()(**batch).logits
         with adapted.disable_adapter():
             assert torch.equal(adapted(**batch).logits, true)
         assert torch.equal(adapted.unload()(**batch).logits, true)
@@ -467,14 +320,14 @@ def test_the_documented_example_trains_once_corrected(opt: Any, families: dict[s
 @pytest.fixture
 def packed() -> Any:
     """A packed layer with a bias and inputs in another order, made differentiable."""
-    layer = _gguf(_linear())[0]
+    layer: Any = KINDS["gguf"](linear())[0]
     layer.input_permutation = torch.randperm(IN, generator=torch.Generator().manual_seed(6))
     quantized.make_differentiable(layer)
     return layer
 
 
 def _formula(layer: Any, x: Tensor) -> Tensor:
-    return x[..., layer.input_permutation] @ _values(layer).to(x.dtype).T + layer.bias.to(x.dtype)
+    return x[..., layer.input_permutation] @ gguf_values(layer).to(x.dtype).T + layer.bias.to(x.dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9], ids=lambda rows: f"{rows} rows")
@@ -575,7 +428,7 @@ def _all_gradients(model: ia3.IA3Model, ids: Tensor) -> Tensor:
 
 def test_few_tokens_train_a_packed_model(folder: Path, kernel: None) -> None:
     """Through the layers that have no vector, too: the first layer's gradient passes all of them."""
-    base = _loaded(folder, "gguf")
+    base = loaded(folder, "gguf")
     model = ia3.get_peft_model(base, ia3.IA3Config(task_type="CAUSAL_LM"))
     _all_gradients(model, torch.tensor([[5, 9, 3]]))
     assert model.unload() is base
@@ -611,7 +464,7 @@ def test_4bit_layers_keep_their_gradient_after_an_evaluation(is_nested: bool, st
 
 
 def test_a_4bit_model_trains_on_after_an_evaluation(folder: Path) -> None:
-    model = ia3.get_peft_model(_loaded(folder, "bnb nf4"), ia3.IA3Config(task_type="CAUSAL_LM")).train()
+    model = ia3.get_peft_model(loaded(folder, "bnb nf4"), ia3.IA3Config(task_type="CAUSAL_LM")).train()
     ids = torch.arange(3, 15)[None]
     before = _all_gradients(model, ids)
     with torch.no_grad():

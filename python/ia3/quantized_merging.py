@@ -1,0 +1,256 @@
+"""Vectors in the scales of quantized weights, and out again: where each vector goes, and what its place held before.
+
+A vector on the output side goes into the scales of its own layer. One on the input side of a gated feed-forward block's
+down projection goes into the scales of the up projection, since ``(act(g) ∘ u) ∘ l = act(g) ∘ (l ∘ u)``. Both may be
+at work on one layer, merged and unmerged in any order: the product of all is applied to the scales as they were, which
+are kept. They are few, so that this costs a fraction of a bit a weight. The codes stay as they are.
+
+Where a vector has no such place, the scaled weight can be quantized anew, with an error, and its codes are kept.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import IA3Error
+from .quantized_scales import Format, State, format_of, is_bare
+
+if TYPE_CHECKING:  # layers import this module, and blocks are made of layers
+    from .mlp import UpProjection
+
+# Where a quantized layer keeps what it held before; on the layer, so that it is copied and pickled with it.
+_ATTRIBUTE = "_ia3_scales"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where the vector of an adapted layer goes.
+
+    owner: the name of that layer.
+    path, module: the quantized layer whose weight is scaled, and its name.
+    is_input: the vector scales its columns, else its rows.
+    start: the first row that it scales.
+    requantizes: the weight is quantized anew.
+    """
+
+    owner: str
+    path: str
+    module: nn.Module
+    is_input: bool = False
+    start: int = 0
+    requantizes: bool = False
+
+
+@dataclass
+class _Scales:
+    """What merging changed in one quantized layer.
+
+    saved, bias: what it held before.
+    factors: by the names of the layers whose vectors it holds.
+    written: what its scales look like since (see :func:`_fingerprint`).
+    error: of the weight quantized anew, relative to the exact one.
+    """
+
+    saved: State = field(default_factory=dict)
+    bias: Tensor | None = None
+    factors: dict[str, tuple[Route, Tensor]] = field(default_factory=dict)
+    written: tuple[int, int] = (0, 0)
+    error: float | None = None
+
+
+def find_route(path: str, layer: Any, up: UpProjection | str | None, requantize: bool) -> Route:
+    """Where the vectors of ``layer`` go, whose base is quantized.
+
+    up: for a feed-forward layer the up projection that feeds it, or why there is none.
+    requantize: quantize anew where there is no exact way.
+
+    Raises :class:`IA3Error`.
+    """
+    base: nn.Module = layer.base_layer
+    kind = type(base).__name__ if type(base) is not nn.Linear else type(base.weight).__name__
+    if not is_bare(base):
+        raise IA3Error(
+            f"cannot merge into {path!r}, a {kind} which has hooks, or a forward of its own; run the model unmerged, "
+            "or remove them."
+        )
+    own = Route(path, path, base, layer.is_feedforward)
+    route: Route | str
+    if not layer.is_feedforward:
+        route = _obstacle(base) or own
+    elif up is None or isinstance(up, str):
+        route = f"on the input side of which no scales lie: {up or 'it is in no feed-forward block that ia3 knows'}"
+    else:
+        target: nn.Module = getattr(up.module, "base_layer", up.module)
+        reason = _obstacle(target)
+        route = Route(path, up.path, target, start=up.start)
+        if reason is not None:
+            route = f"whose input vector would have to go into {up.path!r}, {reason}"
+    if isinstance(route, Route):
+        return route
+    anew: Any = format_of(base)
+    cannot = anew.requantize_obstacle(base)
+    if cannot is not None:
+        why = route if cannot == route else f"{route}, {cannot}"
+        raise IA3Error(f"cannot merge into {path!r}, a {kind} {why}; run the model unmerged, or load it unquantized.")
+    if not requantize:
+        raise IA3Error(
+            f"cannot merge into {path!r} exactly, a {kind} {route}; run the model unmerged, or pass requantize=True to "
+            "quantize the scaled weight anew, with an error that is measured and reported."
+        )
+    return Route(path, path, base, layer.is_feedforward, requantizes=True)
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why the rows of ``layer`` cannot be scaled, as the end of a sentence; ``None`` where they can."""
+    known = format_of(layer)
+    if known is None:
+        return "which is not quantized in a way that ia3 knows"
+    if not is_bare(layer):
+        return "which has hooks, or a forward of its own"
+    return known.obstacle(layer)
+
+
+def check_unshared(route: Route, uses: Counter[Any], address: Callable[[Tensor], Any]) -> None:
+    """Raise :class:`IA3Error` where another module uses the weight or the bias that the vector goes into."""
+    for parameter in route.module._parameters.values():
+        if parameter is not None and uses[address(parameter)] > 1:
+            raise IA3Error(
+                f"cannot merge into {route.owner!r}: other modules use a parameter of the quantized {route.path!r} as "
+                "well; run the model unmerged, or load it unquantized."
+            )
+
+
+def check_finite(route: Route, names: Sequence[str]) -> None:
+    """Raise :class:`IA3Error` where what ``route`` leads to holds scales or a bias that are not finite."""
+    known, bias = _format(route.module), route.module._parameters.get("bias")
+    scales = known.scales(known.read(route.module))
+    if not all(bool(values.isfinite().all()) for values in (scales, bias) if values is not None):
+        raise IA3Error(
+            f"merging {', '.join(names)} into {route.owner!r} would give {route.path!r} a scale or a bias that is not "
+            "finite; the adapter is broken, or too large for them: nothing was merged."
+        )
+
+
+@torch.no_grad()
+def move(route: Route, scale: Tensor | None) -> None:
+    """Let what ``route`` leads to hold ``scale [n]`` for its owner, whatever it held before; ``None``: nothing.
+
+    Done wholly or, after an exception, not at all.
+    """
+    layer = route.module
+    before: _Scales | None = layer.__dict__.get(_ATTRIBUTE)
+    factors = {} if before is None else dict(before.factors)
+    factors.pop(route.owner, None)
+    if scale is not None:
+        factors[route.owner] = (route, scale)
+    if before is None and not factors:
+        return
+    known, bias = _format(layer), layer._parameters.get("bias")
+    concerned = [*factors.values(), *([] if before is None else before.factors.values())]
+    now = known.read(layer, with_codes=any(route.requantizes for route, _ in concerned))
+    bias_now = None if bias is None else bias.detach().clone()
+    try:
+        if before is not None:
+            _restore(layer, before)
+        if factors:
+            layer.__dict__[_ATTRIBUTE] = _scale(layer, factors)
+        else:
+            del layer.__dict__[_ATTRIBUTE]
+    except BaseException:
+        known.write(layer, now)
+        if bias is not None and bias_now is not None:
+            bias.data.copy_(bias_now)
+        raise
+
+
+def _restore(layer: Any, held: _Scales) -> None:
+    _format(layer).write(layer, held.saved)
+    if held.bias is not None:
+        layer.bias.data.copy_(held.bias)
+
+
+def _scale(layer: Any, factors: dict[str, tuple[Route, Tensor]]) -> _Scales:
+    """Scale an unmerged layer; returns what undoes it."""
+    known, bias = _format(layer), layer._parameters.get("bias")
+    rows, columns = _product(layer, factors, is_input=False), _product(layer, factors, is_input=True)
+    requantizes = any(route.requantizes for route, _ in factors.values())
+    saved, error = known.read(layer, with_codes=requantizes), None
+    if requantizes:
+        exact = known.values(layer)
+        for vector in (rows, None if columns is None else known.columns(layer, columns)):
+            exact.mul_(1 if vector is None else vector)
+        known.write(layer, known.quantize(layer, saved, exact))
+        norm = exact.norm()
+        error = float(known.values(layer).sub_(exact).norm() / norm) if norm else 0.0
+    elif rows is not None:
+        known.write(layer, known.scaled(layer, saved, rows[:, 0]))
+    saved_bias = None
+    if bias is not None and rows is not None:
+        saved_bias = bias.detach().clone()
+        bias.data.copy_(saved_bias.to(rows.dtype) * rows[:, 0])
+    return _Scales(saved, saved_bias, factors, _fingerprint(_live_scales(layer)), error)
+
+
+def _product(layer: Any, factors: dict[str, tuple[Route, Tensor]], is_input: bool) -> Tensor | None:
+    """The product of the vectors on one side, ``[out, 1]`` or ``[in]``; ``None`` where there is none."""
+    product: Tensor | None = None
+    device = layer._parameters["weight"].device
+    for route, scale in factors.values():
+        if route.is_input != is_input:
+            continue
+        vector = scale.to(device)
+        if not is_input:
+            vector = torch.ones(layer.out_features, dtype=scale.dtype, device=device)
+            vector[route.start : route.start + len(scale)] = scale
+            vector = vector[:, None]
+        product = vector if product is None else product * vector
+    return product
+
+
+def _format(layer: nn.Module) -> Format:
+    known = format_of(layer)
+    if known is None:
+        raise IA3Error(f"a {type(layer).__name__} took the place of a quantized layer that vectors were merged into.")
+    return known
+
+
+def _live_scales(layer: nn.Module) -> Tensor:
+    known = _format(layer)
+    return known.scales(known.read(layer))
+
+
+def _fingerprint(scales: Tensor) -> tuple[int, int]:
+    """A checksum of the bits of fp32 scales, and of those that they have once rounded to bf16.
+
+    bitsandbytes rounds them when it lays a weight out for some CPUs, which is no reason for an alarm.
+    """
+    exact = scales.contiguous().cpu()
+    return zlib.crc32(exact.numpy().data), zlib.crc32(exact.bfloat16().float().numpy().data)
+
+
+def check_unwritten(route: Route, names: Sequence[str]) -> None:
+    """Raise :class:`IA3Error` where the scales were written to since they were merged, and cannot be undone."""
+    held: _Scales | None = route.module.__dict__.get(_ATTRIBUTE)
+    if held is not None and _fingerprint(_live_scales(route.module))[0] not in held.written:
+        raise IA3Error(
+            f"the scales of {route.path!r} were written to while {', '.join(names)} was merged into them, so that "
+            "merging cannot be undone; load the base model again, and unmerge_adapter before you change weights."
+        )
+
+
+def error_of(route: Route) -> float | None:
+    """The relative error of a weight that was quantized anew; ``None`` where the codes are as they were."""
+    held: _Scales | None = route.module.__dict__.get(_ATTRIBUTE)
+    return None if held is None else held.error
+
+
+def forget(route: Route) -> None:
+    """Leave the scales as they are, as the layer's own for good."""
+    route.module.__dict__.pop(_ATTRIBUTE, None)
