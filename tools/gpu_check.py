@@ -38,11 +38,9 @@ QUICK_TESTS = [
     "(triton or cuda or graph) and not emulated",
 ]
 # What proves the GPU's kernels without a GPU has its place elsewhere, and takes minutes of this one's.
-_WITHOUT_GPU = [
-    f"tests/ia3_kernels/test_{name}.py" for name in ("compiled", "cuda_emulated", "cuda_hopper", "variants")
-]
+_ELSEWHERE = ("compiled", "cuda_emulated", "cuda_hopper", "variants")
 FULL_TESTS = ["tests/ia3_kernels", "tests/ia3", "-m", "not slow", "-k", "not emulated"]
-FULL_TESTS += [option for path in _WITHOUT_GPU for option in ("--ignore", path)]
+FULL_TESTS += [f"--ignore=tests/ia3_kernels/test_{name}.py" for name in _ELSEWHERE]
 
 
 def _environment() -> dict[str, str]:
