@@ -46,7 +46,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
         with torch.inference_mode(), ia3.AdapterBank(ours, resident) as bank:
             for number, vectors in zip(range(resident), _adapters(ours), strict=False):
                 bank.load(f"{number}", vectors)
-            for phase, tokens, rounds in (("decode", 1, 40), ("prefill", 32, 12)):
+            for phase, tokens, rounds in (("decode", 1, 20), ("prefill", 32, 6)):
                 inputs = _Inputs(settings, config, tokens, rounds)
                 _check(inputs, ours)
                 times = interleave(
