@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import target
 from .chunks import chunks_by_adapter
-from .schemas import check_activation, check_scale_weight_
+from .schemas import check_scale_weight_
 from .tuning import activation_launch
 
 
@@ -42,25 +42,7 @@ def forward(
     return result
 
 
-def gated_activation(
-    gate: Tensor,
-    up: Tensor,
-    scale: Tensor | None = None,
-    activation: str = "silu",
-    adapter_index: Tensor | None = None,
-) -> Tensor:
-    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
-    return forward(gate, up, scale, activation, adapter_index)
-
-
-def scaled_activation(
-    x: Tensor, scale: Tensor | None = None, activation: str = "silu", adapter_index: Tensor | None = None
-) -> Tensor:
-    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
-    return forward(x, None, scale, activation, adapter_index)
-
-
-def _backward(
+def backward(
     grad: Tensor,
     gate: Tensor,
     up: Tensor | None,
@@ -69,6 +51,7 @@ def _backward(
     adapter_index: Tensor | None,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate, up and scale; an empty tensor for one that is not wanted."""
     chunks = None
     if adapter_index is not None and scale is not None and gate.numel():
         index = adapter_index.reshape(-1)
@@ -79,33 +62,6 @@ def _backward(
         grad, gate, up, scale, activation, chunks, list(wants), _stream(gate)
     )
     return result
-
-
-def gated_activation_backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    scale: Tensor | None,
-    activation: str,
-    adapter_index: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
-    return _backward(grad, gate, up, scale, activation, adapter_index, output_mask)
-
-
-def scaled_activation_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    activation: str,
-    adapter_index: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
-    wants_x, wants_scale = output_mask
-    grad_x, _, grad_scale = _backward(grad, x, None, scale, activation, adapter_index, (wants_x, False, wants_scale))
-    return grad_x, grad_scale
 
 
 def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:

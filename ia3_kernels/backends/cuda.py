@@ -8,17 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from .. import cuda, matmul, target
+from . import activations
 from .base import Backend
 
 
 def _operators() -> Mapping[str, Callable[..., object]]:
     return {
         "scaled_linear": functools.partial(matmul.scaled_linear, cuda.forward),
-        "gated_activation": cuda.gated_activation,
-        "scaled_activation": cuda.scaled_activation,
         "scale_weight_": cuda.scale_weight_,
-        "gated_activation_backward": cuda.gated_activation_backward,
-        "scaled_activation_backward": cuda.scaled_activation_backward,
+        **activations.operators(cuda.forward, cuda.backward),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import matmul, target
+from . import activations
 from .base import Backend
 
 
@@ -32,11 +33,8 @@ def _operators() -> Mapping[str, Callable[..., object]]:
 
     functions: dict[str, Callable[..., Any]] = {
         "scaled_linear": functools.partial(matmul.scaled_linear, activation.forward),
-        "gated_activation": activation.gated_activation,
-        "scaled_activation": activation.scaled_activation,
         "scale_weight_": weight.scale_weight_,
-        "gated_activation_backward": activation.gated_activation_backward,
-        "scaled_activation_backward": activation.scaled_activation_backward,
+        **activations.operators(activation.forward, activation.backward),
     }
     return {op: _on_its_device(function) for op, function in functions.items()}
 

@@ -27,7 +27,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chunks import chunks_by_adapter
-from ..schemas import check_activation
 from ..tuning import ActivationLaunch, activation_launch
 from .functions import activate, activate_with_derivative, load_scale, round_to
 
@@ -286,51 +285,3 @@ def backward(
             num_warps=4,
         )
     return grad_gate, grad_up, grad_scale
-
-
-# --- the operators -------------------------------------------------------------------------------------------------
-
-
-def gated_activation(
-    gate: Tensor,
-    up: Tensor,
-    scale: Tensor | None = None,
-    activation: str = "silu",
-    adapter_index: Tensor | None = None,
-) -> Tensor:
-    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
-    return forward(gate, up, scale, activation, adapter_index)
-
-
-def scaled_activation(
-    x: Tensor, scale: Tensor | None = None, activation: str = "silu", adapter_index: Tensor | None = None
-) -> Tensor:
-    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
-    return forward(x, None, scale, activation, adapter_index)
-
-
-def gated_activation_backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    scale: Tensor | None,
-    activation: str,
-    adapter_index: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
-    return backward(grad, gate, up, scale, activation, adapter_index, output_mask)
-
-
-def scaled_activation_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    activation: str,
-    adapter_index: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
-    wants_x, wants_scale = output_mask
-    grad_x, _, grad_scale = backward(grad, x, None, scale, activation, adapter_index, (wants_x, False, wants_scale))
-    return grad_x, grad_scale

@@ -16,11 +16,14 @@ from torch import Tensor
 
 import ia3_kernels as kernels
 from ia3_kernels import matmul, reference
+from ia3_kernels.backends import activations
 from ia3_kernels.chunks import chunks_by_adapter
 from ia3_kernels.triton import activation, linear, weight
 from ia3_kernels.tuning import ActivationLaunch, Architecture, LinearLaunch
 
 from .helpers import DTYPES, assert_accurate, error, poison_new_memory
+
+OPERATORS: Any = activations.operators(activation.forward, activation.backward)
 
 # One multiprocessor: a program walks over several tiles.
 SMALL = Architecture("cuda", 80, 1)
@@ -205,10 +208,10 @@ def test_an_unknown_adapter_gives_nan_in_its_rows_and_reads_nothing(wrong: int) 
             expected = reference.scaled_linear(x[known], w, None, *scales, index[known])
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        kept(activation.gated_activation(gate, up, inner, "silu", index)),
+        kept(OPERATORS["gated_activation"](gate, up, inner, "silu", index)),
         reference.gated_activation(gate[known], up[known], inner, "silu", index[known]),
     )
-    grads = activation.gated_activation_backward(dh, gate, up, inner, "silu", index, [True] * 3)
+    grads = OPERATORS["gated_activation_backward"](dh, gate, up, inner, "silu", index, [True] * 3)
     rows = (dh[known], gate[known], up[known])
     expected = reference.gated_activation_backward(*rows, inner, "silu", index[known], [True] * 3)
     # The adapters' own gradients know nothing of those rows.
@@ -222,7 +225,7 @@ def test_an_adapter_without_rows_has_a_zero_gradient(index: list[int]) -> None:
     adapter_index = torch.tensor(index, dtype=torch.int32)
     dh, gate, up = (torch.randn(len(index), 20) for _ in range(3))
     scale = torch.randn(3, 20)
-    *_, grad = activation.gated_activation_backward(dh, gate, up, scale, "gelu", adapter_index, [False, False, True])
+    *_, grad = OPERATORS["gated_activation_backward"](dh, gate, up, scale, "gelu", adapter_index, [False, False, True])
     *_, expected = reference.gated_activation_backward(dh, gate, up, scale, "gelu", adapter_index, [False, False, True])
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
     for adapter in set(range(3)) - set(index):
@@ -258,9 +261,9 @@ def test_backward_gives_what_is_wanted_and_no_more(wanted: tuple[bool, bool, boo
     scale = torch.randn(2, 12) if adapters else torch.randn(12)
     index = torch.tensor([0, -1, 1, 1, 0], dtype=torch.int32) if adapters else None
     args = (dh, gate, up, scale, "gelu_tanh", index)
-    whole = activation.gated_activation_backward(*args, [True] * 3)
+    whole = OPERATORS["gated_activation_backward"](*args, [True] * 3)
     for result, other, is_wanted in zip(
-        activation.gated_activation_backward(*args, wanted), whole, wanted, strict=True
+        OPERATORS["gated_activation_backward"](*args, wanted), whole, wanted, strict=True
     ):
         assert torch.equal(result, other) if is_wanted else not result.numel()
 
@@ -270,7 +273,7 @@ def test_derivatives_far_out_are_exact_to_a_few_roundings(name: str) -> None:
     """Element by element, where 1 - σ(x) would cancel: within a few units in the last place of the largest term."""
     x = torch.cat([torch.linspace(-90, 90, 3001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
     ones = torch.ones_like(x)
-    slope, _ = activation.scaled_activation_backward(ones, x, None, name, None, [True, False])
+    slope, _ = OPERATORS["scaled_activation_backward"](ones, x, None, name, None, [True, False])
     exact, _ = reference.scaled_activation_backward(ones.double(), x.double(), None, name, None, [True, False])
     assert torch.all((slope.double() - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs().clamp_min(1.0))
 
@@ -287,9 +290,9 @@ def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
     def run() -> list[Tensor]:
         return [
             linear.matmul(x, w, None, None, torch.ones(30), architecture=SMALL, launch=LAUNCHES["K in 3"]),
-            activation.gated_activation(gate, up, scale, "silu", index),
-            *activation.gated_activation_backward(dh, gate, up, scale, "silu", index, [True] * 3),
-            *activation.gated_activation_backward(dh, gate, up, scale[0], "silu", None, [True] * 3),
+            OPERATORS["gated_activation"](gate, up, scale, "silu", index),
+            *OPERATORS["gated_activation_backward"](dh, gate, up, scale, "silu", index, [True] * 3),
+            *OPERATORS["gated_activation_backward"](dh, gate, up, scale[0], "silu", None, [True] * 3),
         ]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -318,11 +321,11 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
         assert all(torch.equal(a, b) for a, b in pairs)
 
     for arguments in ((scale, "silu", None), (torch.randn(2, 24), "silu", index)):
-        same(lambda t, a=arguments: activation.gated_activation(t, others[0], *a))
-        same(lambda t, a=arguments: activation.gated_activation(others[0], t, *a))
-        same(lambda t, a=arguments: activation.gated_activation_backward(t, *others, *a, [True] * 3))
-        same(lambda t, a=arguments: activation.gated_activation_backward(others[0], t, others[1], *a, [True] * 3))
-        same(lambda t, a=arguments: activation.gated_activation_backward(*others, t, *a, [True] * 3))
+        same(lambda t, a=arguments: OPERATORS["gated_activation"](t, others[0], *a))
+        same(lambda t, a=arguments: OPERATORS["gated_activation"](others[0], t, *a))
+        same(lambda t, a=arguments: OPERATORS["gated_activation_backward"](t, *others, *a, [True] * 3))
+        same(lambda t, a=arguments: OPERATORS["gated_activation_backward"](others[0], t, others[1], *a, [True] * 3))
+        same(lambda t, a=arguments: OPERATORS["gated_activation_backward"](*others, t, *a, [True] * 3))
     for launch in (LAUNCHES["uneven tiles"], LAUNCHES["K in 2"]):
         same(lambda t, n=launch: _linear(n)(t, others[0]))
         same(lambda t, n=launch: _linear(n)(others[0], t))
