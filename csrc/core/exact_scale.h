@@ -37,10 +37,14 @@ inline void for_each_block(const ExactScaleArgs& args, int64_t row_begin, int64_
     if (args.by_row) {
       const auto s = P::all(*scale);
       const auto r = P::all(*inverse);
-      for (int64_t i = 0; i < whole; i += P::kSize) body(w + i, s, r, parity + i / 8, P::kSize, position + i);
+      for (int64_t i = 0; i < whole; i += P::kSize) {
+        prefetch_ahead(w + i);
+        body(w + i, s, r, parity + i / 8, P::kSize, position + i);
+      }
       if (rest != 0) body(last, s, r, parity + whole / 8, rest, position + whole);
     } else {
       for (int64_t i = 0; i < whole; i += P::kSize) {
+        prefetch_ahead(w + i);
         body(w + i, P::factors(scale + i), P::factors(inverse + i), parity + i / 8, P::kSize, position + i);
       }
       if (rest != 0) {

@@ -18,10 +18,15 @@ void scale_weight_kernel(T* weight, int64_t stride, int64_t cols, const float* r
     T* w = weight + r * stride;
     if (row_scale != nullptr) {
       const Vec s = broadcast(row_scale[r]);
-      for_each_vector(0, cols, [=](int64_t i, auto n) { store_exact(w + i, load(w + i, n) * s, n); });
+      for_each_vector(0, cols, [=](int64_t i, auto n) {
+        prefetch_ahead(w + i);
+        store_exact(w + i, load(w + i, n) * s, n);
+      });
     } else {
-      for_each_vector(0, cols,
-                      [=](int64_t i, auto n) { store_exact(w + i, load(w + i, n) * load(col_scale + i, n), n); });
+      for_each_vector(0, cols, [=](int64_t i, auto n) {
+        prefetch_ahead(w + i);
+        store_exact(w + i, load(w + i, n) * load(col_scale + i, n), n);
+      });
     }
   }
 }
