@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..errors import IA3Error
@@ -20,6 +23,8 @@ from .state import refuse_interrupted, refuse_merged
 BLOCK_BYTES = WRITE_BYTES
 # What one call copies inside of the kernel, and what a buffer holds where that is not possible.
 _COPY_BYTES = 64 << 20
+# Shards in work at a time. Each is one thread's, which alone keeps neither a disk nor the page cache busy.
+_THREADS = min(4, os.cpu_count() or 1)
 # Left free on the disk, for folders and file systems' own needs.
 SPARE_BYTES = 16 << 20
 
@@ -65,12 +70,12 @@ def prepare(base: Path, adapter: Path, out: Path | None = None) -> tuple[Checkpo
 def merge_folder(checkpoint: Checkpoint, plan: MergePlan, out: Path, advance: Advance = lambda count: None) -> Summary:
     """Write the merged checkpoint to ``out``, which appears when it is whole; the files keep their layout.
 
-    Like a copy it is not forced to the disk: the base is still there. advance: told of bytes as they are written.
+    Like a copy it is not forced to the disk: the base is still there. advance: told of bytes as they are written, from
+    several threads.
     Raises :class:`IA3Error`, and leaves nothing then.
     """
     with one_thread(), atomic_folder(out) as content:
-        for shard in checkpoint.shards:
-            _write_shard(shard, content / shard.path.name, plan, advance)
+        _for_each(checkpoint.shards, partial(_write_shard, plan, content), advance)
         others = list(checkpoint.other_files())
         for path in others:
             source = checkpoint.folder / path
@@ -78,6 +83,25 @@ def merge_folder(checkpoint: Checkpoint, plan: MergePlan, out: Path, advance: Ad
             with open_to_read(source) as read, open(content / path, "wb") as written:
                 _copy_range(read, written.fileno(), 0, source.stat().st_size, source, advance)
     return summarize(checkpoint, plan, len(others))
+
+
+def _for_each(shards: Sequence[Shard], work: Callable[[Shard, Advance], None], advance: Advance) -> None:
+    """Call ``work(shard, advance)`` for all of them, some at a time; after an error or an interrupt none goes on."""
+    has_ended = threading.Event()
+
+    def advance_or_end(count: int) -> None:
+        if has_ended.is_set():
+            raise InterruptedError("another file's work failed, and this one's is pointless")
+        advance(count)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for done in as_completed([pool.submit(work, shard, advance_or_end) for shard in shards]):
+                done.result()
+        except BaseException:
+            has_ended.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def summarize(checkpoint: Checkpoint, plan: MergePlan, files: int) -> Summary:
@@ -92,7 +116,8 @@ def summarize(checkpoint: Checkpoint, plan: MergePlan, files: int) -> Summary:
     )
 
 
-def _write_shard(shard: Shard, path: Path, plan: MergePlan, advance: Advance) -> None:
+def _write_shard(plan: MergePlan, out: Path, shard: Shard, advance: Advance) -> None:
+    path = out / shard.path.name
     blocks = plan.of_file(shard.path.name)
     buffer = new_buffer(blocks)
     with open_to_read(shard.path) as read, open(path, "wb") as written:
@@ -172,16 +197,16 @@ def verify_folder(checkpoint: Checkpoint, plan: MergePlan, out: Path, advance: A
     Raises :class:`IA3Error` that names the first tensor or file that differs.
     """
     others = list(checkpoint.other_files())
-    for shard in checkpoint.shards:
-        with one_thread():
-            _verify_shard(shard, out / shard.path.name, plan, advance)
+    with one_thread():
+        _for_each(checkpoint.shards, partial(_verify_shard, plan, out), advance)
     for path in others:
         if (checkpoint.folder / path).read_bytes() != (out / path).read_bytes():
             raise _difference(out / path, str(path))
     return summarize(checkpoint, plan, len(others))
 
 
-def _verify_shard(shard: Shard, path: Path, plan: MergePlan, advance: Advance) -> None:
+def _verify_shard(plan: MergePlan, out: Path, shard: Shard, advance: Advance) -> None:
+    path = out / shard.path.name
     blocks = plan.of_file(shard.path.name)
     expected, found = (new_buffer(blocks, BLOCK_BYTES) for _ in range(2))
     with open_to_read(shard.path) as base, open_to_read(path) as copy:
