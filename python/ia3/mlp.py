@@ -19,7 +19,7 @@ from transformers import activations
 
 from ia3_kernels import gated_activation, scaled_activation
 
-from . import quantized
+from . import frozen, quantized
 from .layers import ScaledLayer, effective_scale, is_untouched, project
 
 
@@ -275,9 +275,11 @@ def patch_of(block: nn.Module) -> Row | None:
 def fuse(model: nn.Module) -> list[str]:
     """Patch every block of ``model`` that a row describes and nothing stands in the way of; returns their names.
 
-    Packed layers that lose gradients are patched as well: see :mod:`~ia3.quantized`.
+    Packed layers that lose gradients are patched as well, and frozen linear layers: see :mod:`~ia3.quantized` and
+    :mod:`~ia3.frozen`.
     """
     quantized.make_differentiable(model)
+    frozen.patch(model)
     patched = []
     for path, block in model.named_modules():
         row = row_of(block)
@@ -292,6 +294,7 @@ def fuse(model: nn.Module) -> list[str]:
 def unfuse(model: nn.Module) -> None:
     """Take every patch back."""
     quantized.restore(model)
+    frozen.restore(model)
     for block in model.modules():
         row = patch_of(block)
         if row is not None:

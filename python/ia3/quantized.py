@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from . import forwards
 
 # Parts of a frozen weight [out, in] as plain values, with the rows that each is.
 _Parts = Iterator[tuple[slice, Tensor]]
@@ -96,9 +97,7 @@ def _bnb_4bit_parts(layer: Any, dtype: torch.dtype) -> _Parts:
 
 
 # By name, because the layers come with optional packages.
-_FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {"GgufLinear": gguf_forward, "Linear4bit": bnb_4bit_forward}
-# Where a layer's forward is looked up on the instance: accelerate's hooks (``device_map``) move it to the first name.
-_PLACES = ("_old_forward", "forward")
+_FORWARDS: dict[str, forwards.Forward] = {"GgufLinear": gguf_forward, "Linear4bit": bnb_4bit_forward}
 
 
 def make_differentiable(model: nn.Module) -> None:
@@ -108,15 +107,10 @@ def make_differentiable(model: nn.Module) -> None:
             continue
         function = next((_FORWARDS[kind.__name__] for kind in type(layer).__mro__ if kind.__name__ in _FORWARDS), None)
         if function is not None:
-            place = next((name for name in _PLACES if name in layer.__dict__), "forward")
-            layer.__dict__[place] = functools.partial(function, layer)
+            forwards.replace(layer, function)
 
 
 def restore(model: nn.Module) -> None:
     """Take back what :func:`make_differentiable` did."""
     for layer in model.modules():
-        for place in _PLACES:
-            if getattr(layer.__dict__.get(place), "func", None) in _FORWARDS.values():
-                del layer.__dict__[place]
-                if place == "_old_forward":  # which a hook calls, and no class has
-                    layer.__dict__[place] = types.MethodType(type(layer).forward, layer)
+        forwards.restore(layer, _FORWARDS.values())
