@@ -51,10 +51,10 @@ struct ActivationGradArgs {
   int64_t cols;
 };
 
-// y = ((x s_in) W^T + b) s_out for few rows
-struct SmallLinearArgs {
+// y = ((x s_in) W^T + b) s_out
+struct LinearArgs {
   DType dtype;
-  const float* x;  // [rows, in], contiguous, already scaled and widened
+  const float* x;  // [rows, in], already scaled and widened: contiguous, or packed by pack_rows
   int64_t rows;
   int64_t in;
   int64_t out;

@@ -27,7 +27,7 @@ constexpr int kRowsAtOnce = 2;
 
 // kRows rows of x against kOutputs rows of W, starting at `w`
 template <typename T, int kRows, int kOutputs>
-inline void dot_block(const SmallLinearArgs& args, const float* x, const T* w, float* sums, int64_t sums_stride) {
+inline void dot_block(const LinearArgs& args, const float* x, const T* w, float* sums, int64_t sums_stride) {
   // One row alone has too few sums in flight to hide the multiply-add's latency: give it two sets.
   constexpr int kSets = kRows * kOutputs <= 4 ? 2 : 1;
   constexpr int64_t kStep = kSets * Vec::kSize;
@@ -72,7 +72,7 @@ inline void dot_block(const SmallLinearArgs& args, const float* x, const T* w, f
 // W stored [in, out], as in a Conv1D: the rows of W stream by, eight at a time, over sums that stay in the first-level
 // cache. The eight are summed before they meet the running sum, which so rounds an eighth as often.
 template <typename T, int kRows>
-inline void axpy_block(const SmallLinearArgs& args, const float* x, const T* weight, int64_t width, float* sums,
+inline void axpy_block(const LinearArgs& args, const float* x, const T* weight, int64_t width, float* sums,
                        int64_t stride) {
   for (int t = 0; t < kRows; ++t)
     for (int64_t i = 0; i < width; ++i) sums[t * stride + i] = 0.0f;
@@ -102,7 +102,7 @@ inline void axpy_block(const SmallLinearArgs& args, const float* x, const T* wei
 }
 
 template <typename T, int kRows>
-inline void block(const SmallLinearArgs& args, const float* x, int64_t n, int64_t width, float* sums, int64_t stride) {
+inline void block(const LinearArgs& args, const float* x, int64_t n, int64_t width, float* sums, int64_t stride) {
   const T* weight = static_cast<const T*>(args.weight);
   if (args.transposed) return axpy_block<T, kRows>(args, x, weight + n, width, sums, stride);
   weight += n * args.weight_stride;
@@ -113,7 +113,7 @@ inline void block(const SmallLinearArgs& args, const float* x, int64_t n, int64_
 
 // Outputs [n_begin, n_end) of every row; at most 64 rows, 16 if W is transposed
 template <typename T>
-void small_linear_fwd_kernel(const SmallLinearArgs& args, int64_t n_begin, int64_t n_end) {
+void small_linear_fwd_kernel(const LinearArgs& args, int64_t n_begin, int64_t n_end) {
   float sums[kSums];
   // With several groups of rows, the strip is short enough for its weights to wait in cache for the next group.
   const int64_t strip = args.transposed ? kTransposedStrip : args.rows <= kRowsAtOnce ? kStrip : 32;

@@ -1,6 +1,7 @@
 // Compiled once per instruction set (see CMakeLists.txt), with IA3_ISA naming the namespace.
 #include "kernels.h"
 
+#include "../core/blocked_linear.h"
 #include "../core/exact_scale.h"
 #include "../core/gated_activation.h"
 #include "../core/scale.h"
@@ -96,16 +97,38 @@ void narrow(DType dtype, const float* sums, int64_t sums_stride, int64_t cols, i
   });
 }
 
-void small_linear(const SmallLinearArgs& args, int64_t out_begin, int64_t out_end) {
+void small_linear(const LinearArgs& args, int64_t out_begin, int64_t out_end) {
   with_type(args.dtype, [&]<typename T>(T*) { small_linear_fwd_kernel<T>(args, out_begin, out_end); });
+}
+
+void pack_rows(DType dtype, const void* x, int64_t stride, int64_t in, const RowScales* scales, int64_t rows,
+               float* out, int64_t row_begin, int64_t row_end) {
+  with_type(dtype, [&]<typename T>(T*) {
+    pack_rows_kernel(static_cast<const T*>(x), stride, in, scales, rows, out, row_begin, row_end);
+  });
+}
+
+void blocked_linear(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                    float* sums) {
+  with_type(args.dtype,
+            [&]<typename T>(T*) { blocked_linear_kernel<T>(args, row_begin, row_end, panel_begin, panel_end, sums); });
 }
 
 }  // namespace
 
 extern const cpu::Kernels kKernels;
-const cpu::Kernels kKernels = {IA3_STRING(IA3_ISA), activation,  activation_backward,
-                               scale_weight,        merge_exact, unmerge_exact,
-                               stays_finite,        widen,       narrow,
-                               small_linear};
+const cpu::Kernels kKernels = {IA3_STRING(IA3_ISA),
+                               activation,
+                               activation_backward,
+                               scale_weight,
+                               merge_exact,
+                               unmerge_exact,
+                               stays_finite,
+                               widen,
+                               narrow,
+                               small_linear,
+                               {kDepth, kLanes, kGroup, kTileRows},
+                               pack_rows,
+                               blocked_linear};
 
 }  // namespace ia3::IA3_ISA

@@ -36,7 +36,19 @@ struct Kernels {
   void (*narrow)(DType, const float* sums, int64_t sums_stride, int64_t cols, int64_t col_offset, const void* bias,
                  const RowScales*, void* y, int64_t y_stride, int64_t row_begin, int64_t row_end);
 
-  void (*small_linear)(const SmallLinearArgs&, int64_t out_begin, int64_t out_end);
+  void (*small_linear)(const LinearArgs&, int64_t out_begin, int64_t out_end);
+
+  // What `pack_rows` writes, for all rows: blocks of `depth` inputs, each [rows][depth]. `blocked_linear` takes panels
+  // of `lanes` outputs, and scratch for `group` panels a row.
+  struct {
+    int64_t depth, lanes, group, tile_rows;
+  } blocking;
+
+  void (*pack_rows)(DType, const void* x, int64_t stride, int64_t in, const RowScales*, int64_t rows, float* out,
+                    int64_t row_begin, int64_t row_end);
+
+  void (*blocked_linear)(const LinearArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                         float* sums);
 };
 
 // The best set that this processor runs, or the one that the environment variable IA3_CPU_ISA names. Throws

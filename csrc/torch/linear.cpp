@@ -11,10 +11,12 @@
 namespace ia3 {
 namespace {
 
-// The widened operands of one library call, in elements. Larger blocks of x mean that W is widened less often, larger
-// ones of W that the library's matmul is more efficient; these bound the workspace to about 32 MiB.
-constexpr int64_t kWidenedX = int64_t(4) << 20;
-constexpr int64_t kWidenedWeight = int64_t(2) << 20;
+// Where the library's own 16-bit matmul is used: what it computes for fewer rows costs more than our streaming kernel
+constexpr int64_t kSmallRows16Bit = 16;
+
+// Rows that pass by a panel at a time. More of them mean that W is packed less often, fewer that they and their sums
+// stay in the second-level cache.
+constexpr int64_t kRowBlock = 512;
 
 struct Problem {
   at::Tensor x;  // [*, in], or [rows, in] where its strides did not allow that view
@@ -39,18 +41,18 @@ at::Tensor small_linear(const Problem& p) {
     x = widened;
   }
   const at::Tensor bias = p.bias ? p.bias->contiguous() : at::Tensor();
-  const SmallLinearArgs args{dtype_of(y),
-                             x,
-                             p.rows,
-                             p.in,
-                             p.out,
-                             p.weight.const_data_ptr(),
-                             p.weight.stride(0),
-                             p.transposed,
-                             p.bias ? bias.const_data_ptr() : nullptr,
-                             p.output.present(),
-                             p.output.view,
-                             y.mutable_data_ptr()};
+  const LinearArgs args{dtype_of(y),
+                        x,
+                        p.rows,
+                        p.in,
+                        p.out,
+                        p.weight.const_data_ptr(),
+                        p.weight.stride(0),
+                        p.transposed,
+                        p.bias ? bias.const_data_ptr() : nullptr,
+                        p.output.present(),
+                        p.output.view,
+                        y.mutable_data_ptr()};
   // Multiples of four outputs, which the kernel computes together
   const int64_t groups = (p.out + 3) / 4;
   parallel(groups, p.in * p.out,
@@ -70,54 +72,57 @@ at::Tensor workspace(int64_t elements) {
   return kept;
 }
 
-// fp32 operands from 16-bit ones, block by block, for the library's fp32 matmul. Where the processor's bf16 instruction
-// runs at less than the fp32 rate, this is faster than the library's own bf16 matmul, and more accurate: scales and
-// bias meet fp32 values on both sides, and the only rounding is the last.
+// Our own matmul: operands widen to fp32 while they are packed. Where the processor's bf16 instruction runs at less
+// than the fp32 rate, this is faster than the library's bf16 matmul, and more accurate: scales and bias meet fp32
+// values on both sides, and the only rounding is the last.
 at::Tensor widened_linear(const Problem& p) {
   const at::Tensor y = empty_output(p.shape, p.x);
   const auto& kernels = cpu::kernels();
+  const auto& blocking = kernels.blocking;
   const DType dtype = dtype_of(y);
+  const int64_t element = y.element_size();
   const at::Tensor bias = p.bias ? p.bias->contiguous() : at::Tensor();
-  const int64_t row_block = std::min(p.rows, std::max<int64_t>(256, kWidenedX / p.in));
-  const int64_t column_block = std::min(p.out, std::clamp<int64_t>(kWidenedWeight / p.in, 128, 512));
-  const int64_t x_size = row_block * p.in, weight_size = column_block * p.in;
-  const at::Tensor space = workspace(x_size + weight_size + row_block * column_block);
-  const at::Tensor wide_x = space.narrow(0, 0, x_size);
-  const at::Tensor wide_weight = space.narrow(0, x_size, weight_size);
-  const at::Tensor sums = space.narrow(0, x_size + weight_size, row_block * column_block);
-  const int64_t element = p.weight.element_size();
-  const auto* weight = static_cast<const char*>(p.weight.const_data_ptr());
+  const auto round_up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
+  const int64_t row_block = std::min(p.rows, kRowBlock), threads = at::get_num_threads();
+  const int64_t x_size = row_block * round_up(p.in, blocking.depth);
+  const int64_t sums_size = row_block * blocking.group * blocking.lanes;
+  float* const packed = workspace(x_size + threads * sums_size).mutable_data_ptr<float>();
 
   for (int64_t row = 0; row < p.rows; row += row_block) {
     const int64_t rows = std::min(row_block, p.rows - row);
-    const auto* x = static_cast<const char*>(p.x_rows.data) + row * p.x_rows.stride * element;
     RowScales input = p.input.view, output = p.output.view;
     if (input.index != nullptr) input.index += row;
     if (output.index != nullptr) output.index += row;
+    const auto* x = static_cast<const char*>(p.x_rows.data) + row * p.x_rows.stride * element;
     parallel(rows, rows * p.in, [&](int64_t begin, int64_t end) {
-      kernels.widen(dtype, x, p.x_rows.stride, p.in, p.input.present() ? &input : nullptr,
-                    wide_x.mutable_data_ptr<float>(), begin, end);
+      kernels.pack_rows(dtype, x, p.x_rows.stride, p.in, p.input.present() ? &input : nullptr, rows, packed, begin,
+                        end);
     });
-    const at::Tensor left = wide_x.narrow(0, 0, rows * p.in).view({rows, p.in});
-    for (int64_t column = 0; column < p.out; column += column_block) {
-      const int64_t columns = std::min(column_block, p.out - column);
-      // The block of W as [columns, in], or as [in, columns] where W is stored transposed
-      const int64_t weight_rows = p.transposed ? p.in : columns;
-      const int64_t weight_cols = p.transposed ? columns : p.in;
-      const auto* block = weight + column * (p.transposed ? 1 : p.weight.stride(0)) * element;
-      parallel(weight_rows, weight_rows * weight_cols, [&](int64_t begin, int64_t end) {
-        kernels.widen(dtype, block, p.weight.stride(0), weight_cols, nullptr, wide_weight.mutable_data_ptr<float>(),
-                      begin, end);
-      });
-      const at::Tensor stored = wide_weight.narrow(0, 0, columns * p.in).view({weight_rows, weight_cols});
-      at::Tensor product = sums.narrow(0, 0, rows * columns).view({rows, columns});
-      at::mm_out(product, left, p.transposed ? stored : stored.t());
-      parallel(rows, rows * columns, [&](int64_t begin, int64_t end) {
-        kernels.narrow(dtype, product.const_data_ptr<float>(), columns, columns, column,
-                       p.bias ? bias.const_data_ptr() : nullptr, p.output.present() ? &output : nullptr,
-                       static_cast<char*>(y.mutable_data_ptr()) + row * p.out * element, p.out, begin, end);
-      });
-    }
+    const LinearArgs args{dtype,
+                          packed,
+                          rows,
+                          p.in,
+                          p.out,
+                          p.weight.const_data_ptr(),
+                          p.weight.stride(0),
+                          p.transposed,
+                          p.bias ? bias.const_data_ptr() : nullptr,
+                          p.output.present(),
+                          output,
+                          static_cast<char*>(y.mutable_data_ptr()) + row * p.out * element};
+    // Panels first: each is packed by one thread. With fewer panels than threads, some threads share one, and its rows.
+    const int64_t panels = (p.out + blocking.lanes - 1) / blocking.lanes;
+    const int64_t tiles = (rows + blocking.tile_rows - 1) / blocking.tile_rows;
+    const int64_t parts = std::clamp<int64_t>(threads / panels, 1, tiles);
+    parallel(parts * panels, rows * p.in * p.out, [&](int64_t begin, int64_t end) {
+      float* const sums = packed + x_size + at::get_thread_num() * sums_size;
+      while (begin < end) {
+        const int64_t part = begin / panels, first = begin % panels;
+        const int64_t last = std::min(panels, first + end - begin);
+        kernels.blocked_linear(args, rows * part / parts, rows * (part + 1) / parts, first, last, sums);
+        begin += last - first;
+      }
+    });
   }
   return y;
 }
@@ -204,15 +209,14 @@ bool widens(at::ScalarType dtype) {
   return float16;
 }
 
-// Rows up to which our own kernel streams the weight; beyond, a matmul library reuses it better. The crossings were
-// measured against MKL and oneDNN on an AVX-512 machine without AMX (docs/performance.md).
-constexpr int64_t kSmallRows16Bit = 16;
-
-int64_t small_rows(at::ScalarType dtype, bool transposed, int64_t rows) {
-  if (dtype == at::kFloat) return transposed ? 8 : 24;
-  if (transposed || rows <= kSmallRows16Bit) return kSmallRows16Bit;
-  // Where the library's 16-bit matmul is slow, it is slow for these as well.
-  return widens(dtype) ? 64 : kSmallRows16Bit;
+// Whether our kernel streams the weight for so few rows; for more, a blocked matmul reuses it better. The crossings
+// were measured against MKL, oneDNN and our own on an AVX-512 machine without AMX (docs/performance.md).
+bool is_small(at::ScalarType dtype, bool transposed, int64_t rows) {
+  if (dtype == at::kFloat) return rows <= (transposed ? 8 : 24);
+  const int64_t against_ours = transposed ? 6 : 24;
+  // The route is measured where it matters.
+  if (rows <= std::min(against_ours, kSmallRows16Bit)) return true;
+  return rows <= (widens(dtype) ? against_ours : kSmallRows16Bit);
 }
 
 }  // namespace
@@ -267,9 +271,9 @@ at::Tensor scaled_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                         in,
                         out,
                         shape};
-  return rows <= small_rows(x.scalar_type(), transposed, rows) ? small_linear(problem)
-         : widens(x.scalar_type())                             ? widened_linear(problem)
-                                                               : library_linear(problem);
+  return is_small(x.scalar_type(), transposed, rows) ? small_linear(problem)
+         : widens(x.scalar_type())                   ? widened_linear(problem)
+                                                     : library_linear(problem);
 }
 
 std::string matmul_route(at::ScalarType dtype) { return widens(dtype) ? "widen" : "library"; }

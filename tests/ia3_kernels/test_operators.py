@@ -54,7 +54,8 @@ def matmul(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(target.GPU_MATMUL_VARIABLE, request.param)
 
 
-# Odd sizes, single rows and columns, more rows than the small-row kernel takes, more columns than a block
+# Odd sizes, single rows and columns, more rows than the small-row kernel takes, more columns than a block; more rows
+# than pass by a panel at a time, and fewer panels than threads
 LINEAR_SHAPES = [
     (1, 64, 64),
     (1, 5, 1),
@@ -63,7 +64,9 @@ LINEAR_SHAPES = [
     (5, 1030, 1100),
     (16, 100, 33),
     (17, 100, 33),
+    (26, 300, 40),
     (70, 129, 515),
+    (530, 70, 20),
 ]
 ACTIVATION_SHAPES = [(1, 1), (1, 5000), (7, 33), (70, 2100), (130, 40)]
 if target.is_interpreted():  # a thousand times slower
