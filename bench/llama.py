@@ -57,6 +57,20 @@ def config(settings: Settings) -> LlamaConfig:
     )
 
 
+def smollm2() -> LlamaConfig:
+    """SmolLM2-135M's shapes: many narrow layers, and a head that is a fifth of the weights."""
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+
+
 def describe(model_config: LlamaConfig) -> str:
     """The sizes that tell one case from another, for its name."""
     return f"llama {model_config.hidden_size}x{model_config.num_hidden_layers}"

@@ -35,26 +35,40 @@ _Step = Callable[[], Tensor]
 
 
 def run(settings: Settings, recorder: Recorder) -> None:
-    """Measures decoding, prefill, and decoding while adapters come and go."""
-    config = llama.config(settings)
-    resident = 100 if settings.quick else 1000
+    """Measures decoding and prefill, and decoding while adapters come and go; decoding also of a model that exists."""
     for dtype in settings.dtypes:
-        torch.manual_seed(0)
-        base = LlamaForCausalLM(config).to(settings.device, DTYPES[dtype]).eval().requires_grad_(False)
-        ours = ia3.get_peft_model(copy.deepcopy(base), ia3.IA3Config(task_type=ia3.TaskType.CAUSAL_LM)).eval()
-        lora = _lora(base)
-        with torch.inference_mode(), ia3.AdapterBank(ours, resident) as bank:
-            for number, vectors in zip(range(resident), _adapters(ours), strict=False):
-                bank.load(f"{number}", vectors)
-            for phase, tokens, rounds in (("decode", 1, 20), ("prefill", 32, 6)):
-                inputs = _Inputs(settings, config, tokens, rounds)
-                _check(inputs, ours)
-                times = interleave(
-                    _steps(inputs, base, ours, lora, resident), settings.rounds(rounds), _WARMUP, device=settings.device
-                )
-                case = f"{llama.describe(config)}, {phase}, {_ROWS} rows of {tokens} token{'s' if tokens > 1 else ''}"
-                baselines = {impl: [name for name in ("base", _LORA) if name != impl] for impl in times}
-                recorder.add_times(_SUITE, case, dtype, times, baselines)
+        _model(settings, recorder, dtype, llama.config(settings), (("decode", 1, 20), ("prefill", 32, 6)), traffic=True)
+        if not settings.quick:
+            _model(settings, recorder, dtype, llama.smollm2(), (("decode", 1, 6),))
+
+
+def _model(
+    settings: Settings,
+    recorder: Recorder,
+    dtype: str,
+    config: LlamaConfig,
+    phases: Sequence[tuple[str, int, int]],
+    traffic: bool = False,
+) -> None:
+    """One model, in phases of a name, tokens a row, and rounds."""
+    resident = 100 if settings.quick else 1000
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config).to(settings.device, DTYPES[dtype]).eval().requires_grad_(False)
+    ours = ia3.get_peft_model(copy.deepcopy(base), ia3.IA3Config(task_type=ia3.TaskType.CAUSAL_LM)).eval()
+    lora = _lora(base)
+    with torch.inference_mode(), ia3.AdapterBank(ours, resident) as bank:
+        for number, vectors in zip(range(resident), _adapters(ours), strict=False):
+            bank.load(f"{number}", vectors)
+        for phase, tokens, rounds in phases:
+            inputs = _Inputs(settings, config, tokens, rounds)
+            _check(inputs, ours)
+            times = interleave(
+                _steps(inputs, base, ours, lora, resident), settings.rounds(rounds), _WARMUP, device=settings.device
+            )
+            case = f"{llama.describe(config)}, {phase}, {_ROWS} rows of {tokens} token{'s' if tokens > 1 else ''}"
+            baselines = {impl: [name for name in ("base", _LORA) if name != impl] for impl in times}
+            recorder.add_times(_SUITE, case, dtype, times, baselines)
+        if traffic:
             _traffic(settings, recorder, dtype, _Inputs(settings, config, 1, 0), ours, bank)
 
 

@@ -1,4 +1,4 @@
-"""Functions that stand in for a layer's own ``forward``: on the instance, where they can be taken back."""
+"""Functions that stand in for a module's own method: on the instance, where they can be taken back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,32 @@ from torch import Tensor, nn
 Forward = Callable[[Any, Tensor], Tensor]
 # Where a layer's forward is looked up on the instance: accelerate's hooks (``device_map``) move it to the first name.
 _PLACES = ("_old_forward", "forward")
+# What ``nn.DataParallel`` calls on every module.
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+def bind(module: nn.Module, method: str, function: Callable[..., Any], *arguments: Any) -> None:
+    """Let ``module.method(…)`` be ``function(module, *arguments, …)``; of copies and replicas, with them in its place.
+
+    A partial on the instance, unlike a closure or a bound method, can be copied and pickled with the module.
+    """
+    module.__dict__[method] = functools.partial(function, module, *arguments)
+    module.__dict__[_REPLICATE] = functools.partial(_replicate, module)
+
+
+def unbind(module: nn.Module, method: str) -> None:
+    """Undo :func:`bind`."""
+    del module.__dict__[method]
+    module.__dict__.pop(_REPLICATE, None)
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """The class's replica, which has copies of our partials: bound to itself, where they find its parameters."""
+    replica: nn.Module = getattr(type(module), _REPLICATE)(module)
+    for name, value in module.__dict__.items():
+        if isinstance(value, functools.partial) and value.args and value.args[0] is module:
+            replica.__dict__[name] = functools.partial(value.func, replica, *value.args[1:])
+    return replica
 
 
 def is_replaced(layer: nn.Module) -> bool:
@@ -22,15 +48,13 @@ def is_replaced(layer: nn.Module) -> bool:
 
 def replace(layer: nn.Module, function: Forward) -> None:
     """Let ``layer`` run ``function(layer, x)``, inside of whatever hooks it has."""
-    place = next((name for name in _PLACES if name in layer.__dict__), "forward")
-    # A partial can be copied and pickled with the layer.
-    layer.__dict__[place] = functools.partial(function, layer)
+    bind(layer, next((name for name in _PLACES if name in layer.__dict__), "forward"), function)
 
 
 def restore(layer: nn.Module, functions: Collection[Forward]) -> None:
     """Let ``layer`` run its class's ``forward`` again where one of ``functions`` stands in for it."""
     for place in _PLACES:
         if getattr(layer.__dict__.get(place), "func", None) in functions:
-            del layer.__dict__[place]
+            unbind(layer, place)
             if place == "_old_forward":  # which a hook calls, and no class has
                 layer.__dict__[place] = types.MethodType(type(layer).forward, layer)

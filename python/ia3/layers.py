@@ -62,7 +62,7 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
 
 def linear_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """What ``forward`` of an ``nn.Linear`` or ``Conv1D`` computes, through our matmul where that is the faster one."""
-    weight = layer._parameters["weight"]
+    weight = layer._parameters.get("weight")  # replicas for several devices have none
     y: Tensor
     if weight is None or not _gains(weight):
         y = type(layer).forward(layer, x)

@@ -19,7 +19,7 @@ from transformers import activations
 
 from ia3_kernels import gated_activation, scaled_activation
 
-from . import frozen, quantized
+from . import forwards, frozen, quantized
 from .layers import ScaledLayer, effective_scale, is_untouched, project
 
 
@@ -285,8 +285,7 @@ def fuse(model: nn.Module) -> list[str]:
         row = row_of(block)
         if row is None or row.method in block.__dict__ or obstacle(block, row) is not None:
             continue
-        # A partial on the instance: unlike a closure or a bound method it can be copied and pickled with the block.
-        setattr(block, row.method, functools.partial(fused_forward, block, row))
+        forwards.bind(block, row.method, fused_forward, row)
         patched.append(path)
     return patched
 
@@ -298,4 +297,4 @@ def unfuse(model: nn.Module) -> None:
     for block in model.modules():
         row = patch_of(block)
         if row is not None:
-            delattr(block, row.method)
+            forwards.unbind(block, row.method)
