@@ -15,8 +15,9 @@ namespace {
 constexpr int64_t kSmallRows16Bit = 16;
 
 // Rows that pass by a panel at a time. More of them mean that W is packed less often, fewer that they and their sums
-// stay in the second-level cache.
-constexpr int64_t kRowBlock = 512;
+// stay in the second-level cache. Of very long rows fewer, so that the workspace keeps to some 32 MiB.
+constexpr int64_t kRowBlock = 512, kFewestRows = 64;
+constexpr int64_t kPackedElements = int64_t(8) << 20;
 
 struct Problem {
   at::Tensor x;  // [*, in], or [rows, in] where its strides did not allow that view
@@ -83,7 +84,8 @@ at::Tensor widened_linear(const Problem& p) {
   const int64_t element = y.element_size();
   const at::Tensor bias = p.bias ? p.bias->contiguous() : at::Tensor();
   const auto round_up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
-  const int64_t row_block = std::min(p.rows, kRowBlock), threads = at::get_num_threads();
+  const int64_t row_block = std::min(p.rows, std::clamp(kPackedElements / p.in, kFewestRows, kRowBlock));
+  const int64_t threads = at::get_num_threads();
   const int64_t x_size = row_block * round_up(p.in, blocking.depth);
   const int64_t sums_size = row_block * blocking.group * blocking.lanes;
   float* const packed = workspace(x_size + threads * sums_size).mutable_data_ptr<float>();

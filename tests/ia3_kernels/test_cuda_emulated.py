@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ia3_kernels import ACTIVATIONS, reference
 
-from . import emulated
-from .emulated import INVALID, NAN, UNSUPPORTED, Emulated, Failure, between, library, needs_compiler
+from . import c_interface, emulated
+from .c_interface import INVALID, UNSUPPORTED
+from .emulated import NAN, Emulated, Failure, between, library, needs_compiler
 from .helpers import DTYPES, assert_accurate, eager_scaled_linear, error
 
 pytestmark = needs_compiler
@@ -252,9 +253,9 @@ def test_more_rows_than_a_grid_has_blocks() -> None:
 
 def test_more_blocks_than_a_grid_has() -> None:
     x, scale, numbers = torch.randn(1, 33), torch.randn(1, 33), torch.zeros(1, dtype=torch.int32)
-    args = emulated.BackwardArgs(0, 0, 1, 33, x.data_ptr(), 33, x.data_ptr(), 33)
-    args.scale = emulated.Scale(scale.data_ptr(), None, 1)
-    args.chunks = ctypes.pointer(emulated.Chunks(*[numbers.data_ptr()] * 6, 1 << 30))
+    args = c_interface.BackwardArgs(0, 0, 1, 33, x.data_ptr(), 33, x.data_ptr(), 33)
+    args.scale = c_interface.Scale(scale.data_ptr(), None, 1)
+    args.chunks = ctypes.pointer(c_interface.Chunks(*[numbers.data_ptr()] * 6, 1 << 30))
     with pytest.raises(Failure, match="1073741824 chunks of 33 columns") as failure:
         emulated.call("activation_backward", args)
     assert failure.value.status == UNSUPPORTED
@@ -270,7 +271,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert_close_bits(x.contiguous(), expected)
     scale = torch.randn(8)
     weight = reference_weight(x.contiguous(), scale, 1)
-    args = emulated.ScaleWeightArgs(1, 2, 8, x.data_ptr(), stride, None, scale.data_ptr())
+    args = c_interface.ScaleWeightArgs(1, 2, 8, x.data_ptr(), stride, None, scale.data_ptr())
     emulated.call("scale_weight", args)
     assert torch.equal(x.contiguous(), weight)
 
@@ -400,13 +401,13 @@ def _good_arguments() -> dict[str, tuple[ctypes.Structure, list[Tensor]]]:
     """Arguments that each function takes, with the tensors that they point to."""
     x, out, scale = torch.randn(4, 8), torch.full((4, 8), NAN), torch.randn(8)
     activation = emulated.activation_args(x, x, scale, "silu", None, out)
-    backward = emulated.BackwardArgs(0, 0, 4, 8, x.data_ptr(), 8, x.data_ptr(), 8, x.data_ptr(), 8)
+    backward = c_interface.BackwardArgs(0, 0, 4, 8, x.data_ptr(), 8, x.data_ptr(), 8, x.data_ptr(), 8)
     backward.grad_gate = backward.grad_up = out.data_ptr()
-    weight = emulated.ScaleWeightArgs(0, 4, 8, out.data_ptr(), 8, None, scale.data_ptr())
-    linear = emulated.SmallLinearArgs(0, 4, 8, x.data_ptr(), 8)
+    weight = c_interface.ScaleWeightArgs(0, 4, 8, out.data_ptr(), 8, None, scale.data_ptr())
+    linear = c_interface.SmallLinearArgs(0, 4, 8, x.data_ptr(), 8)
     linear.count = 1
     matrix = torch.randn(8, 8)
-    linear.outputs[0] = emulated.LinearOutput(8, matrix.data_ptr(), 8, None, emulated.Scale(), out.data_ptr(), 8)
+    linear.outputs[0] = c_interface.LinearOutput(8, matrix.data_ptr(), 8, None, c_interface.Scale(), out.data_ptr(), 8)
     keep = [x, out, scale, matrix]
     return {
         "activation": (activation, keep),
@@ -435,7 +436,7 @@ BAD = [
     ("activation_backward", "grad", None, "grad is null"),
     ("activation_backward", "gate", None, "gate is null"),
     ("activation_backward", "up", None, "grad_up is given and up is null"),
-    ("activation_backward", "chunks", emulated.Chunks(), "0 chunks and 0 adapters"),
+    ("activation_backward", "chunks", c_interface.Chunks(), "0 chunks and 0 adapters"),
     ("scale_weight", "dtype", 7, "dtype is 7"),
     ("scale_weight", "rows", -1, "-1 x 8"),
     ("scale_weight", "weight", None, "weight is null"),
@@ -463,7 +464,7 @@ def test_bad_arguments(function: str, field: str, value: Any, sentence: str) -> 
         args.scale.index = value
     elif field.startswith("outputs."):
         setattr(args.outputs[0], field.removeprefix("outputs."), value)
-    elif isinstance(value, emulated.Chunks):
+    elif isinstance(value, c_interface.Chunks):
         args.chunks = ctypes.pointer(value)
     else:
         setattr(args, field, value)
@@ -482,14 +483,14 @@ def test_a_refused_launch_is_told(function: str) -> None:
     library().emulator_fail_next_launch()
     with pytest.raises(Failure, match="cudaErrorLaunchFailure") as failure:
         emulated.call(function, args)
-    assert failure.value.status == emulated.CUDA_ERROR
+    assert failure.value.status == c_interface.CUDA_ERROR
     emulated.call(function, args)
     assert not bool(keep[1].isnan().all()) or function == "scale_weight"
 
 
 def test_a_missing_workspace_is_told() -> None:
     x, ds = torch.randn(40, 8), torch.empty(8)
-    args = emulated.BackwardArgs(0, 0, 40, 8, x.data_ptr(), 8, x.data_ptr(), 8)
+    args = c_interface.BackwardArgs(0, 0, 40, 8, x.data_ptr(), 8, x.data_ptr(), 8)
     args.grad_scale = ds.data_ptr()
     assert library().ia3_cuda_activation_backward_workspace(ctypes.byref(args)) > 0
     for workspace in (None, x.data_ptr() + 4):

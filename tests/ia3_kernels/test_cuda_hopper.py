@@ -17,9 +17,20 @@ from typing import Any
 
 import pytest
 
+from .c_interface import (
+    BFLOAT16,
+    CUDA_ERROR,
+    FLOAT16,
+    FLOAT32,
+    INVALID,
+    OK,
+    UNSUPPORTED,
+    HopperLinearArgs,
+    LinearOutput,
+    Scale,
+)
+
 ROOT = Path(__file__).resolve().parents[2]
-OK, INVALID, UNSUPPORTED, CUDA_ERROR = range(4)
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
 H100, H200_SLICE, A100, B200, BROKEN = range(5)  # devices of the runtime below
 
 RUNTIME = """
@@ -77,35 +88,6 @@ ia3_status checked(cudaError_t error) {
 """
 
 
-class Scale(ctypes.Structure):
-    _fields_ = [("values", ctypes.c_void_p), ("index", ctypes.c_void_p), ("adapters", ctypes.c_int32)]
-
-
-class Output(ctypes.Structure):
-    _fields_ = [
-        ("out", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("weight_stride", ctypes.c_int64),
-        ("bias", ctypes.c_void_p),
-        ("scale", Scale),
-        ("y", ctypes.c_void_p),
-        ("y_stride", ctypes.c_int64),
-    ]
-
-
-class Args(ctypes.Structure):
-    _fields_ = [
-        ("dtype", ctypes.c_int),
-        ("rows", ctypes.c_int64),
-        ("in_", ctypes.c_int64),
-        ("x", ctypes.c_void_p),
-        ("x_stride", ctypes.c_int64),
-        ("output", Output),
-        ("tile", ctypes.c_int),
-        ("workspace", ctypes.c_void_p),
-    ]
-
-
 class Hopper:
     """The library under test, with the last launch as (tile, dtype, multiprocessors, swizzle)."""
 
@@ -114,7 +96,7 @@ class Hopper:
         self.library.ia3_last_error.restype = ctypes.c_char_p
         self.library.ia3_cuda_hopper_tiles.restype = ctypes.POINTER(ctypes.c_char_p)
         self.library.ia3_cuda_hopper_linear_workspace.restype = ctypes.c_size_t
-        assert ctypes.c_size_t.in_dll(self.library, "args_size").value == ctypes.sizeof(Args)
+        assert ctypes.c_size_t.in_dll(self.library, "args_size").value == ctypes.sizeof(HopperLinearArgs)
         names = itertools.takewhile(lambda name: name, self.library.ia3_cuda_hopper_tiles())
         self.tiles = [name.decode() for name in names if name]
 
@@ -124,19 +106,19 @@ class Hopper:
     def questions(self) -> int:
         return ctypes.c_int.in_dll(self.library, "questions").value
 
-    def call(self, args: Args | None) -> tuple[int, tuple[int, ...] | None]:
+    def call(self, args: HopperLinearArgs | None) -> tuple[int, tuple[int, ...] | None]:
         noted = (ctypes.c_int * 4).in_dll(self.library, "last_launch")
         noted[:] = [-1] * 4
         status = self.library.ia3_cuda_hopper_linear(ctypes.byref(args) if args else None, None)
         return status, None if noted[0] < 0 else tuple(noted)
 
-    def workspace(self, args: Args) -> int:
+    def workspace(self, args: HopperLinearArgs) -> int:
         return int(self.library.ia3_cuda_hopper_linear_workspace(ctypes.byref(args)))
 
     def sentence(self) -> str:
         return str(self.library.ia3_last_error().decode())
 
-    def launch(self, args: Args) -> tuple[int, ...]:
+    def launch(self, args: HopperLinearArgs) -> tuple[int, ...]:
         status, noted = self.call(args)
         assert status == OK, self.sentence()
         assert noted is not None
@@ -168,12 +150,12 @@ def hopper(_library: Path) -> Hopper:
     return hopper
 
 
-def _args(rows: int = 512, out: int = 1024, inputs: int = 3072, **changes: Any) -> Args:
+def _args(rows: int = 512, out: int = 1024, inputs: int = 3072, **changes: Any) -> HopperLinearArgs:
     """Arguments that the matmul takes, but for `changes`: fields of the arguments, its output or its scale."""
     memory = 1 << 20  # addresses, which nothing here reads
     scale = Scale(memory, None, 0)
-    output = Output(out, memory, inputs, memory, scale, memory, out)
-    args = Args(BFLOAT16, rows, inputs, memory, inputs, output, -1, memory)
+    output = LinearOutput(out, memory, inputs, memory, scale, memory, out)
+    args = HopperLinearArgs(BFLOAT16, rows, inputs, memory, inputs, output, -1, memory)
     for name, value in changes.items():
         owner = next(owner for owner in (args, args.output, args.output.scale) if hasattr(owner, name))
         setattr(owner, name, value)

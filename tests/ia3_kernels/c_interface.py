@@ -1,0 +1,108 @@
+"""The structures and numbers of ``csrc/include/ia3_kernels.h``, for tests that call it through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+
+OK, INVALID, UNSUPPORTED, CUDA_ERROR = range(4)
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+
+
+class Scale(ctypes.Structure):
+    _fields_ = [("scale", ctypes.c_void_p), ("index", ctypes.c_void_p), ("adapters", ctypes.c_int32)]
+
+
+class ActivationArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("gate", ctypes.c_void_p),
+        ("gate_stride", ctypes.c_int64),
+        ("up", ctypes.c_void_p),
+        ("up_stride", ctypes.c_int64),
+        ("scale", Scale),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+    ]
+
+
+class Chunks(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("order", "first", "last", "adapter", "adapter_first", "adapter_last")),
+        ("chunks", ctypes.c_int64),
+    ]
+
+
+class BackwardArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("grad", ctypes.c_void_p),
+        ("grad_stride", ctypes.c_int64),
+        ("gate", ctypes.c_void_p),
+        ("gate_stride", ctypes.c_int64),
+        ("up", ctypes.c_void_p),
+        ("up_stride", ctypes.c_int64),
+        ("scale", Scale),
+        ("chunks", ctypes.POINTER(Chunks)),
+        ("grad_gate", ctypes.c_void_p),
+        ("grad_up", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+class ScaleWeightArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64),
+        ("row_scale", ctypes.c_void_p),
+        ("col_scale", ctypes.c_void_p),
+    ]
+
+
+class LinearOutput(ctypes.Structure):
+    _fields_ = [
+        ("out", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("scale", Scale),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_int64),
+    ]
+
+
+class SmallLinearArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("in_", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("input_scale", Scale),
+        ("transposed", ctypes.c_int),
+        ("count", ctypes.c_int),
+        ("outputs", LinearOutput * 4),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+class HopperLinearArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("in_", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("output", LinearOutput),
+        ("tile", ctypes.c_int),
+        ("workspace", ctypes.c_void_p),
+    ]
