@@ -151,13 +151,13 @@ def hopper(_library: Path) -> Hopper:
 
 
 def _args(rows: int = 512, out: int = 1024, inputs: int = 3072, **changes: Any) -> HopperLinearArgs:
-    """Arguments that the matmul takes, but for `changes`: fields of the arguments, its output or its scale."""
+    """Arguments that the matmul takes, but for `changes`: fields of the scale, the output or the arguments."""
     memory = 1 << 20  # addresses, which nothing here reads
     scale = Scale(memory, None, 0)
     output = LinearOutput(out, memory, inputs, memory, scale, memory, out)
     args = HopperLinearArgs(BFLOAT16, rows, inputs, memory, inputs, output, -1, memory)
     for name, value in changes.items():
-        owner = next(owner for owner in (args, args.output, args.output.scale) if hasattr(owner, name))
+        owner = next(owner for owner in (args.output.scale, args.output, args) if hasattr(owner, name))
         setattr(owner, name, value)
     return args
 
@@ -245,7 +245,7 @@ def test_large_shapes_are_ordered_in_squares(hopper: Hopper) -> None:
         ({"weight_stride": 0}, INVALID, "weight_stride is 0"),
         ({"y_stride": -1024}, INVALID, "y_stride is -1024"),
         ({"bias": 4097}, INVALID, "bias is at 0x1001"),
-        ({"values": 4098}, INVALID, "scale is at 0x1002"),
+        ({"scale": 4098}, INVALID, "scale is at 0x1002"),
         ({"dtype": FLOAT32}, UNSUPPORTED, "dtype is fp32"),
         ({"index": 4096}, UNSUPPORTED, "scale.index is given"),
         ({"inputs": 0}, UNSUPPORTED, "rows, in, out are 512, 0, 1024"),
