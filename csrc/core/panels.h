@@ -13,7 +13,7 @@ constexpr int64_t kLanes = 2 * Vec::kSize;
 // Inputs of a block: a panel takes a third of a first-level cache, and leaves room for the rows that pass by it.
 constexpr int64_t kDepth = 128;
 
-// A Unit is one integer register, 32 bits a lane; Units<T> widens the elements that lie in them.
+// A Unit is one integer register, 32 bits a lane: an fp32 weight, or two of 16 bits, of which `low` comes first.
 #if defined(IA3_USE_AVX512)
 
 using Unit = __m512i;

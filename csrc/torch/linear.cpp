@@ -30,6 +30,23 @@ struct Problem {
   at::DimVector shape;  // of y
 };
 
+// For `rows` of the problem's rows: their x as the kernel reads it, the scales of their outputs, and where y goes
+LinearArgs arguments(const Problem& p, const float* x, int64_t rows, const at::Tensor& bias, const RowScales& output,
+                     void* y) {
+  return {dtype_of(p.x),
+          x,
+          rows,
+          p.in,
+          p.out,
+          p.weight.const_data_ptr(),
+          p.weight.stride(0),
+          p.transposed,
+          p.bias ? bias.const_data_ptr() : nullptr,
+          p.output.present(),
+          output,
+          y};
+}
+
 at::Tensor small_linear(const Problem& p) {
   const at::Tensor y = empty_output(p.shape, p.x);
   const auto& kernels = cpu::kernels();
@@ -42,18 +59,7 @@ at::Tensor small_linear(const Problem& p) {
     x = widened;
   }
   const at::Tensor bias = p.bias ? p.bias->contiguous() : at::Tensor();
-  const LinearArgs args{dtype_of(y),
-                        x,
-                        p.rows,
-                        p.in,
-                        p.out,
-                        p.weight.const_data_ptr(),
-                        p.weight.stride(0),
-                        p.transposed,
-                        p.bias ? bias.const_data_ptr() : nullptr,
-                        p.output.present(),
-                        p.output.view,
-                        y.mutable_data_ptr()};
+  const LinearArgs args = arguments(p, x, p.rows, bias, p.output.view, y.mutable_data_ptr());
   // Multiples of four outputs, which the kernel computes together
   const int64_t groups = (p.out + 3) / 4;
   parallel(groups, p.in * p.out,
@@ -100,18 +106,8 @@ at::Tensor widened_linear(const Problem& p) {
       kernels.pack_rows(dtype, x, p.x_rows.stride, p.in, p.input.present() ? &input : nullptr, rows, packed, begin,
                         end);
     });
-    const LinearArgs args{dtype,
-                          packed,
-                          rows,
-                          p.in,
-                          p.out,
-                          p.weight.const_data_ptr(),
-                          p.weight.stride(0),
-                          p.transposed,
-                          p.bias ? bias.const_data_ptr() : nullptr,
-                          p.output.present(),
-                          output,
-                          static_cast<char*>(y.mutable_data_ptr()) + row * p.out * element};
+    void* const to = static_cast<char*>(y.mutable_data_ptr()) + row * p.out * element;
+    const LinearArgs args = arguments(p, packed, rows, bias, output, to);
     // Panels first: each is packed by one thread. With fewer panels than threads, some threads share one, and its rows.
     const int64_t panels = (p.out + blocking.lanes - 1) / blocking.lanes;
     const int64_t tiles = (rows + blocking.tile_rows - 1) / blocking.tile_rows;
