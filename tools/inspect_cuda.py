@@ -2,7 +2,7 @@
 
     python -m tools.inspect_cuda [--build build/cuda] [--write docs/kernels.md]
 
-Builds the target ``cuda_objects``, and reads two things: what ptxas says of each kernel (registers, stack, spills, a
+Builds the library ``ia3_cuda``, and reads two things: what ptxas says of each kernel (registers, stack, spills, a
 pipeline of ``wgmma`` that it had to serialize), and the machine code (matmul instructions, wide loads, TMA). Whatever
 breaks a promise of ``docs/kernels.md`` is printed, with exit status 1. Where nvcc is missing, it says so in one line,
 and succeeds: there is nothing that could be wrong.
@@ -30,17 +30,14 @@ WIDE = ("LDG.128", "TMA")
 PROMISES = {
     "activation_fwd_kernel": WIDE,
     "activation_bwd_kernel": WIDE,
+    "scale_pair_fwd_kernel": WIDE,
+    "scale_pair_bwd_kernel": WIDE,
     "scale_weight_kernel": WIDE,
-    "small_linear_fwd_kernel": WIDE,
-    "small_linear_transposed_fwd_kernel": WIDE,
-    "small_linear_fma_fwd_kernel": WIDE,
-    "small_linear_transposed_fma_fwd_kernel": WIDE,
     "hopper_linear_fwd_kernel": ("HGMMA",),
 }
 
 _INSTRUCTIONS = {
     "HGMMA": r"\bHGMMA\b",
-    "HMMA": r"\bHMMA\b",
     "LDG.128": r"\bLDG\.[\w.]*\b128\b",
     "STG.128": r"\bSTG\.[\w.]*\b128\b",
     "TMA": r"\bUTMALDG\b",
@@ -125,7 +122,7 @@ def read_machine_code(objects: Iterable[Path], programs: dict[tuple[str, str], P
 
 def _is_wide(program: Program) -> bool:
     """Whether the kernel is the one for aligned operands: its vectors, the second argument, are longer than 1."""
-    size = re.search(r"_kernel<[^,<>]+, (\d+), ", program.kernel)
+    size = re.search(r"_kernel<[^,<>]+, (\d+)[,>]", program.kernel)
     return size is None or int(size[1]) > 1
 
 
@@ -181,7 +178,7 @@ def build(folder: Path) -> str:
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DIA3_CUDA=ON"]
     subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *options], check=True)
     process = subprocess.Popen(
-        ["cmake", "--build", folder, "--target", "cuda_objects"],
+        ["cmake", "--build", folder, "--target", "ia3_cuda"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -38,7 +38,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import ia3_kernels.triton
 from ia3_kernels.schemas import ACTIVATIONS
-from ia3_kernels.triton import activation, linear, weight
+from ia3_kernels.triton import activation, linear, scale_pair, weight
 from ia3_kernels.tuning import Architecture
 
 from .pages import table_in, write_table
@@ -65,6 +65,9 @@ TILES = {
     "activation_fwd_kernel": dict.fromkeys(("gate", "up"), ("rows", "BLOCK_M", "BLOCK_N")),
     "activation_bwd_kernel": dict.fromkeys(("grad", "gate", "up"), ("rows", "BLOCK_M", "BLOCK_N")),
     "reduce_partials_kernel": {"partials": ("chunks", "BLOCK_M", "BLOCK_N")},
+    "scale_pair_fwd_kernel": {"x": ("rows", "BLOCK_M", "BLOCK_N")},
+    "scale_pair_bwd_kernel": dict.fromkeys(("grad_first", "grad_second", "x"), ("rows", "BLOCK_M", "BLOCK_N")),
+    "reduce_pair_kernel": {"partials": ("chunks", "BLOCK_M", "BLOCK_N")},
     "scale_weight_kernel": {"weight": ("rows", "BLOCK_M", "BLOCK_N")},
     "linear_fwd_kernel": {"x": ("rows", "BLOCK_M", "BLOCK_K"), "weight": ("outputs", "BLOCK_N", "BLOCK_K")},
     "combine_fwd_kernel": {"partials": ("rows", "BLOCK_M", "BLOCK_N")},
@@ -126,6 +129,18 @@ def _activation(
     return Case(label, is_aligned, call)
 
 
+def _pair(rows: int, cols: int, dtype: torch.dtype, is_backward: bool, is_aligned: bool) -> Case:
+    def call(architecture: Architecture) -> None:
+        x, *grads = (_empty(dtype, rows, cols, is_aligned=is_aligned) for _ in range(3))
+        scales = [_empty(torch.float32, cols, is_aligned=is_aligned) for _ in range(2)]
+        if is_backward:
+            scale_pair.backward(*grads, x, *scales, (True, True, True))
+        else:
+            scale_pair.forward(x, *scales)
+
+    return Case(f"scale_pair {'backward' if is_backward else 'forward'} {rows} x {cols}", is_aligned, call)
+
+
 def _weight(rows: int, cols: int, dtype: torch.dtype, dim: int, is_aligned: bool) -> Case:
     def call(architecture: Architecture) -> None:
         scale = _empty(torch.float32, (rows, cols)[dim])
@@ -157,6 +172,8 @@ def cases() -> Iterator[Case]:
             yield _activation(tokens, cols, dtype, "identity", kind, False, is_backward, True)
     for dtype, is_backward, is_gated, name in product((BF16, FP32), (False, True), (False, True), ACTIVATIONS):
         yield _activation(4096, 8192, dtype, name, "one", is_gated, is_backward, True)
+    for dtype, is_backward, tokens, cols in product((BF16, FP16, FP32), (False, True), TOKENS, (3072, 4096)):
+        yield _pair(tokens, cols, dtype, is_backward, True)
     for dtype, dim, shape in product((BF16, FP16, FP32), (0, 1), PROJECTIONS):
         yield _weight(*shape, dtype, dim, True)
     for dtype, (rows, outputs, inputs) in product(
@@ -166,6 +183,8 @@ def cases() -> Iterator[Case]:
             yield _linear(rows, outputs, inputs, dtype, layout, kind, False)
         for is_backward, kind in product((False, True), ("one", "adapters")):
             yield _activation(rows, inputs, dtype, "silu", kind, True, is_backward, False)
+        for is_backward in (False, True):
+            yield _pair(rows, inputs, dtype, is_backward, False)
         for dim in (0, 1):
             yield _weight(outputs, inputs, dtype, dim, False)
 
@@ -181,6 +200,8 @@ def quick_cases() -> Iterator[Case]:
         yield _activation(4096, 8192, dtype, "silu", "one", True, is_backward, True)
     for is_backward, is_aligned in product((False, True), (False, True)):
         yield _activation(700, 3072, BF16, "gelu", "adapters", False, is_backward, is_aligned)
+    for is_backward, is_aligned in product((False, True), (False, True)):
+        yield _pair(700, 3072, BF16, is_backward, is_aligned)
     for dim, is_aligned in product((0, 1), (False, True)):
         yield _weight(3072, 8192, BF16, dim, is_aligned)
 

@@ -51,6 +51,29 @@ struct ActivationGradArgs {
   int64_t cols;
 };
 
+// a = x s_a, b = x s_b
+struct ScalePairArgs {
+  DType dtype;
+  const void* x;
+  int64_t x_stride;        // between rows; elements of a row are adjacent
+  const float* scales[2];  // s_a and s_b, [cols]
+  void* out[2];            // a and b, [rows, cols], contiguous
+  int64_t cols;
+};
+
+// dx = da s_a + db s_b, ds_a = sum over rows of da x, ds_b likewise. What only a result needs that is not wanted is not
+// read: x where neither sum is, the scales where dx is not.
+struct ScalePairGradArgs {
+  DType dtype;
+  const void* grads[2];  // da and db
+  int64_t grad_strides[2];
+  const void* x;
+  int64_t x_stride;
+  const float* scales[2];
+  void* grad_x;  // [rows, cols], contiguous; or null
+  int64_t cols;
+};
+
 // y = ((x s_in) W^T + b) s_out
 struct LinearArgs {
   DType dtype;
@@ -64,7 +87,8 @@ struct LinearArgs {
   const void* bias;       // [out] or null
   bool has_scale;
   RowScales scales;
-  void* y;  // [rows, out], contiguous
+  void* y;        // [rows, out], contiguous
+  void* product;  // the same before it is scaled, likewise; or null
 };
 
 // W <- diag(l) W, or W diag(l) with an l of its own for every group of rows, such that it can be undone

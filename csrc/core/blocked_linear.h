@@ -86,8 +86,7 @@ void blocked_linear_kernel(const LinearArgs& args, int64_t row_begin, int64_t ro
       }
     }
     const int64_t n = first * kLanes, end = last * kLanes < args.out ? last * kLanes : args.out;
-    narrow_kernel(sums - row_begin * kStride, kStride, end - n, n, static_cast<const T*>(args.bias),
-                  args.has_scale ? &args.scales : nullptr, static_cast<T*>(args.y), args.out, row_begin, row_end);
+    narrow_kernel<T>(args, sums - row_begin * kStride, kStride, n, end - n, row_begin, row_end);
   }
 }
 

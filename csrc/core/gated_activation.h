@@ -9,6 +9,7 @@
 
 #include "activations.h"
 #include "arguments.h"
+#include "row_sums.h"
 
 namespace ia3::IA3_ISA {
 
@@ -33,14 +34,10 @@ void gated_activation_fwd_kernel(const ActivationArgs& args, int64_t row_begin, 
 }
 
 // `rows` lists the rows to visit (null: row_begin .. row_end themselves), which all take the scale `s`. `partial`, if
-// not null, is [cols]: overwritten with this call's share of ds.
-//
-// Terms of the sum that come from bf16 values are no better than bf16; for the finer types the running sum carries its
-// rounding error along in `lost` [cols] (Kahan), or a plain sum over a chunk would err more than torch's pairwise one.
+// not null, is [cols]: overwritten with this call's share of ds. `lost` is scratch for it, [col_end - col_begin].
 template <typename T, typename Act, bool kGated>
 void gated_activation_bwd_kernel(const ActivationGradArgs& args, const int64_t* rows, const float* s, float* partial,
                                  float* lost, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
-  constexpr bool kCompensated = !std::is_same_v<T, BFloat16>;
   for (int64_t position = row_begin; position < row_end; ++position) {
     const int64_t r = rows == nullptr ? position : rows[position];
     const T* dh = static_cast<const T*>(args.grad) + r * args.grad_stride;
@@ -62,22 +59,7 @@ void gated_activation_bwd_kernel(const ActivationGradArgs& args, const int64_t* 
         if (du != nullptr) store(du + i, scaled * act.value, n);
       }
       if (dg != nullptr) store(dg + i, slope, n);
-      if (partial == nullptr) return;
-      hidden = grad * hidden;
-      float* const sum = partial + i;
-      float* const loss = lost + (i - col_begin);
-      if (first) {
-        store(sum, hidden, n);
-        if constexpr (kCompensated) store(loss, broadcast(0.0f), n);
-      } else if constexpr (kCompensated) {
-        const Vec before = load(sum, n);
-        const Vec addend = hidden - load(loss, n);
-        const Vec after = before + addend;
-        store(loss, (after - before) - addend, n);
-        store(sum, after, n);
-      } else {
-        store(sum, load(sum, n) + hidden, n);
-      }
+      if (partial != nullptr) add_to_row_sum<T>(partial + i, lost + (i - col_begin), grad * hidden, first, n);
     });
   }
 }

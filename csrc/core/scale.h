@@ -47,18 +47,20 @@ void widen_kernel(const T* x, int64_t stride, int64_t cols, const RowScales* sca
   }
 }
 
-// y[r, col_offset + i] <- (sums[r, i] + b) s, rounded once. `sums` may be `y` itself when T is float.
+// y[r, col + i] <- (sums[r, i] + b) s for i < width, rounded once; where it is asked for, sums + b as well
 template <typename T>
-void narrow_kernel(const float* sums, int64_t sums_stride, int64_t cols, int64_t col_offset, const T* bias,
-                   const RowScales* scales, T* y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
+void narrow_kernel(const LinearArgs& args, const float* sums, int64_t sums_stride, int64_t col, int64_t width,
+                   int64_t row_begin, int64_t row_end) {
+  const T* b = args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + col;
   for (int64_t r = row_begin; r < row_end; ++r) {
     const float* from = sums + r * sums_stride;
-    const T* b = bias == nullptr ? nullptr : bias + col_offset;
-    const float* s = scales == nullptr ? nullptr : scale_of_row(*scales, r) + col_offset;
-    T* to = y + r * y_stride + col_offset;
-    for_each_vector(0, cols, [=](int64_t i, auto n) {
+    const float* s = args.has_scale ? scale_of_row(args.scales, r) + col : nullptr;
+    T* to = static_cast<T*>(args.y) + r * args.out + col;
+    T* product = args.product == nullptr ? nullptr : static_cast<T*>(args.product) + r * args.out + col;
+    for_each_vector(0, width, [=](int64_t i, auto n) {
       Vec value = load(from + i, n);
       if (b != nullptr) value = value + load(b + i, n);
+      if (product != nullptr) store_exact(product + i, value, n);
       if (s != nullptr) value = value * load(s + i, n);
       store_exact(to + i, value, n);
     });

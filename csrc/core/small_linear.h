@@ -131,8 +131,7 @@ void small_linear_fwd_kernel(const LinearArgs& args, int64_t n_begin, int64_t n_
     for (; kRowsAtOnce > 4 && row + 4 <= args.rows; advance(4)) block<T, 4>(args, x, n, width, to, strip);
     for (; kRowsAtOnce > 2 && row + 2 <= args.rows; advance(2)) block<T, 2>(args, x, n, width, to, strip);
     for (; row < args.rows; advance(1)) block<T, 1>(args, x, n, width, to, strip);
-    narrow_kernel(sums, strip, width, n, static_cast<const T*>(args.bias), args.has_scale ? &args.scales : nullptr,
-                  static_cast<T*>(args.y), args.out, 0, args.rows);
+    narrow_kernel<T>(args, sums, strip, n, width, 0, args.rows);
   }
 }
 

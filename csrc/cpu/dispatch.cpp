@@ -1,8 +1,13 @@
 // The choice of instruction set.
+#include <array>
 #include <cstdlib>
 #include <stdexcept>
 
 #include "kernels.h"
+
+#if defined(IA3_X86)
+#include <cpuid.h>
+#endif
 
 namespace ia3 {
 
@@ -57,6 +62,31 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+FastMatmul fast_matmul() {
+#if defined(IA3_X86)
+  const auto leaf = [](unsigned number, unsigned sub) {
+    std::array<unsigned, 4> registers{};
+    auto& [a, b, c, d] = registers;
+    if (__get_cpuid_count(number, sub, &a, &b, &c, &d) == 0) registers = {};
+    return registers;
+  };
+  const auto has = [](unsigned bits, int bit) { return (bits >> bit & 1) != 0; };
+  bool has_tiles = false;  // AMX's registers, which the system must save
+  if (has(leaf(1, 0)[2], 27)) {
+    unsigned saved = 0, high = 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    has_tiles = has(saved, 17) && has(saved, 18);
+  }
+  const auto seven = leaf(7, 0), more = seven[0] >= 1 ? leaf(7, 1) : std::array<unsigned, 4>{};
+  const bool amx_bf16 = has_tiles && has(seven[3], 22), amx_fp16 = has_tiles && has(more[0], 21);
+  const bool avx512_fp16 = has(seven[3], 23), avx512_bf16 = has(more[0], 5);
+  // Intel's cores multiply bf16 pairs at half the rate of fp32 values, which gains nothing without AMX; AMD's do not.
+  return {amx_bf16 || (avx512_bf16 && __builtin_cpu_is("amd") != 0), amx_fp16 || avx512_fp16};
+#else
+  return {true, true};  // no kernel of ours is vectorized here
+#endif
 }
 
 std::vector<std::string> available_isas() {

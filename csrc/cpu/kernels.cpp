@@ -5,6 +5,7 @@
 #include "../core/exact_scale.h"
 #include "../core/gated_activation.h"
 #include "../core/scale.h"
+#include "../core/scale_pair.h"
 #include "../core/small_linear.h"
 
 #define IA3_STRING_(x) #x
@@ -59,6 +60,20 @@ void with_type(DType dtype, Function function) {
   }
 }
 
+void scale_pair(const ScalePairArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
+  with_type(args.dtype,
+            [&]<typename T>(T*) { scale_pair_fwd_kernel<T>(args, row_begin, row_end, col_begin, col_end); });
+}
+
+void scale_pair_backward(const ScalePairGradArgs& args, float* const (&partials)[2], float* lost, int64_t row_begin,
+                         int64_t row_end, int64_t col_begin, int64_t col_end) {
+  const bool wants_all = args.grad_x != nullptr && partials[0] != nullptr && partials[1] != nullptr;
+  with_type(args.dtype, [&]<typename T>(T*) {
+    const auto kernel = wants_all ? scale_pair_bwd_kernel<T, true> : scale_pair_bwd_kernel<T, false>;
+    kernel(args, partials, lost, row_begin, row_end, col_begin, col_end);
+  });
+}
+
 void scale_weight(DType dtype, void* weight, int64_t stride, int64_t cols, const float* row_scale,
                   const float* col_scale, int64_t row_begin, int64_t row_end) {
   with_type(dtype, [&](auto* type) {
@@ -89,14 +104,6 @@ void widen(DType dtype, const void* x, int64_t stride, int64_t cols, const RowSc
   });
 }
 
-void narrow(DType dtype, const float* sums, int64_t sums_stride, int64_t cols, int64_t col_offset, const void* bias,
-            const RowScales* scales, void* y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
-  with_type(dtype, [&]<typename T>(T*) {
-    narrow_kernel(sums, sums_stride, cols, col_offset, static_cast<const T*>(bias), scales, static_cast<T*>(y),
-                  y_stride, row_begin, row_end);
-  });
-}
-
 void small_linear(const LinearArgs& args, int64_t out_begin, int64_t out_end) {
   with_type(args.dtype, [&]<typename T>(T*) { small_linear_fwd_kernel<T>(args, out_begin, out_end); });
 }
@@ -117,18 +124,10 @@ void blocked_linear(const LinearArgs& args, int64_t row_begin, int64_t row_end, 
 }  // namespace
 
 extern const cpu::Kernels kKernels;
-const cpu::Kernels kKernels = {IA3_STRING(IA3_ISA),
-                               activation,
-                               activation_backward,
-                               scale_weight,
-                               merge_exact,
-                               unmerge_exact,
-                               stays_finite,
-                               widen,
-                               narrow,
-                               small_linear,
-                               {kDepth, kLanes, kGroup, kTileRows},
-                               pack_rows,
-                               blocked_linear};
+const cpu::Kernels kKernels = {
+    IA3_STRING(IA3_ISA), activation,    activation_backward, scale_pair,
+    scale_pair_backward, scale_weight,  merge_exact,         unmerge_exact,
+    stays_finite,        widen,         small_linear,        {kDepth, kLanes, kGroup, kTileRows},
+    pack_rows,           blocked_linear};
 
 }  // namespace ia3::IA3_ISA

@@ -20,6 +20,12 @@ struct Kernels {
   void (*activation_backward)(const ActivationGradArgs&, const int64_t* rows, const float* scale, float* partial,
                               float* lost, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
 
+  void (*scale_pair)(const ScalePairArgs&, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
+
+  // Partial sums of ds_a and ds_b, [cols] each, or null. `lost` is scratch for twice the columns of this call.
+  void (*scale_pair_backward)(const ScalePairGradArgs&, float* const (&partials)[2], float* lost, int64_t row_begin,
+                              int64_t row_end, int64_t col_begin, int64_t col_end);
+
   void (*scale_weight)(DType, void* weight, int64_t stride, int64_t cols, const float* row_scale,
                        const float* col_scale, int64_t row_begin, int64_t row_end);
 
@@ -32,9 +38,6 @@ struct Kernels {
 
   void (*widen)(DType, const void* x, int64_t stride, int64_t cols, const RowScales*, float* out, int64_t row_begin,
                 int64_t row_end);
-
-  void (*narrow)(DType, const float* sums, int64_t sums_stride, int64_t cols, int64_t col_offset, const void* bias,
-                 const RowScales*, void* y, int64_t y_stride, int64_t row_begin, int64_t row_end);
 
   void (*small_linear)(const LinearArgs&, int64_t out_begin, int64_t out_end);
 
@@ -54,6 +57,14 @@ struct Kernels {
 // The best set that this processor runs, or the one that the environment variable IA3_CPU_ISA names. Throws
 // std::runtime_error, with a sentence, if that one is unknown or does not run here. The choice is made once.
 const Kernels& kernels();
+
+// Whether the processor multiplies 16-bit matrices in instructions faster than fp32 ones, so that a library that uses
+// them beats fp32 arithmetic on widened operands.
+struct FastMatmul {
+  bool bfloat16, float16;
+};
+
+FastMatmul fast_matmul();
 
 // The names of the sets that this processor runs, best first
 std::vector<std::string> available_isas();

@@ -6,18 +6,15 @@
 // silu takes 27 and 19, the identity 11.
 //
 // A warp stays in its columns and walks down the rows of its block's chunk, every kWarps-th of them; ds collects in
-// registers. The warps' sums meet in shared memory, the chunks' sums in the workspace, where the block that comes last
-// adds them up in the order of the chunks: which block that is changes nothing in the result.
+// registers, and becomes one sum by reduction.h.
 #include "../core/elementwise.h"
 #include "instructions.h"
 #include "launch.h"
+#include "reduction.h"
 #include "scales.h"
 
 namespace ia3::cuda {
 namespace {
-
-constexpr int kLanes = 32;
-constexpr int kWarps = kThreads / kLanes;
 
 // Rows of a thread whose loads are in flight together
 template <bool kGated>
@@ -54,34 +51,9 @@ __device__ __forceinline__ ChunkRange chunks_of(const Backward& p, int32_t adapt
   return {0, p.given.chunks};
 }
 
-template <int kSize>
-struct alignas(16) WarpSums {
-  float values[kWarps][kLanes * kSize];
-};
-
-// The sum over warps of what their lanes hold, for the column of the strip that this thread owns: thread t's is t
-template <int kSize>
-__device__ __forceinline__ float sum_over_warps(WarpSums<kSize>& sums, const elementwise::Sum (&mine)[kSize]) {
-  const int thread = int(threadIdx.y) * kLanes + int(threadIdx.x);
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) sums.values[threadIdx.y][threadIdx.x * kSize + j] = mine[j].total - mine[j].lost;
-  __syncthreads();
-  if (thread >= kLanes * kSize) return 0.0f;
-  float total[kWarps];
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) total[warp] = sums.values[warp][thread];
-#pragma unroll
-  for (int half = kWarps / 2; half > 0; half /= 2)
-#pragma unroll
-    for (int warp = 0; warp < half; ++warp) total[warp] += total[warp + half];
-  return total[0];
-}
-
 template <typename T, int kSize, int kActivation, bool kGated>
 __global__ void __launch_bounds__(kThreads, 2) activation_bwd_kernel(const __grid_constant__ Backward p) {
   constexpr int kRows = kRowsAtOnce<kGated>;
-  IA3_SHARED(WarpSums<kSize>, sums);
-  IA3_SHARED(bool, is_last);
   const auto activation = Activation(kActivation >= 0 ? kActivation : int(p.call.activation));
   const int thread = int(threadIdx.y) * kLanes + int(threadIdx.x);
   const int64_t cols = p.call.cols;
@@ -95,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 2) activation_bwd_kernel(const __gri
   T* grad_gate = static_cast<T*>(p.call.grad_gate) + col;
   T* grad_up = static_cast<T*>(p.call.grad_up) + col;
   const Chunk chunk = chunk_at(p, chunk_index);
-  elementwise::Sum ds[kSize];
+  elementwise::Sum ds[1][kSize];
   if (col < cols) {
     float s[kSize];
     if (p.chunk_rows == 0 && p.call.scale.scale != nullptr) {
@@ -135,9 +107,9 @@ __global__ void __launch_bounds__(kThreads, 2) activation_bwd_kernel(const __gri
             ups[j] = scaled * act.value;
           }
           if constexpr (std::is_same_v<T, BFloat16>) {
-            ds[j].total += down[j] * hidden;  // terms that are no better than bf16, and a chunk's share of them
+            ds[0][j].total += down[j] * hidden;  // terms that are no better than bf16, and a chunk's share of them
           } else {
-            ds[j].add(down[j] * hidden);
+            ds[0][j].add(down[j] * hidden);
           }
         }
         if (p.call.grad_gate != nullptr) {
@@ -162,33 +134,15 @@ __global__ void __launch_bounds__(kThreads, 2) activation_bwd_kernel(const __gri
   }
   if (chunk.adapter < 0 || chunk.adapter >= p.adapters) return;
   const ChunkRange range = chunks_of(p, chunk.adapter);
-  float* result = p.call.grad_scale + chunk.adapter * cols + strip + thread;
-  const float share = sum_over_warps(sums, ds);
-  if (range.last - range.first <= 1) {
-    if (owns) *result = share;
-    return;
-  }
-  if (owns) p.partials[chunk_index * cols + strip + thread] = share;
-  __threadfence();  // the share is visible before the arrival is
-  __syncthreads();
-  if (thread == 0) {
-    unsigned int* arrivals = p.arrivals + strip_index * p.adapters + chunk.adapter;
-    is_last = int64_t(atomicAdd(arrivals, 1u)) == range.last - range.first - 1;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-  elementwise::Sum total[kSize];
-  if (col < cols) {
-    for (int64_t other = range.first + threadIdx.y; other < range.last; other += kWarps) {
-      float part[kSize];
-      load_shared_floats(p.partials + other * cols + col, part);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) total[j].add(part[j]);
-    }
-  }
-  const float all = sum_over_warps(sums, total);
-  if (owns) *result = all;
+  reduce(Reduction<1>{chunk_index,
+                      range.first,
+                      range.last,
+                      cols,
+                      strip,
+                      p.arrivals + strip_index * p.adapters + chunk.adapter,
+                      {p.partials},
+                      {p.call.grad_scale + chunk.adapter * cols}},
+         ds);
 }
 
 // --- host ---------------------------------------------------------------------------------------------------------
@@ -197,7 +151,7 @@ struct Plan {
   int64_t chunk_rows;  // 0: the caller's chunks
   int64_t chunks;
   int32_t adapters;
-  size_t arrivals, partials;  // bytes, in this order in the workspace
+  ReductionBytes bytes;  // of workspace
 };
 
 // A function of the sizes and of which pointers are null; of no address, since the workspace's size is.
@@ -208,14 +162,11 @@ Plan plan_for(const ia3_activation_backward_args& args) {
     plan.chunks = args.chunks->chunks;
     plan.adapters = args.scale.adapters;
   } else {
-    const int64_t wide = args.dtype == IA3_FLOAT32 ? kWide<float> : kWide<BFloat16>;
-    plan.chunk_rows = elementwise::rows_per_chunk(args.rows, ceil_div<int64_t>(args.cols, kLanes * wide));
+    plan.chunk_rows = rows_per_chunk(args.dtype, args.rows, args.cols);
     plan.chunks = ceil_div(args.rows, plan.chunk_rows);
   }
   if (args.grad_scale == nullptr || args.cols <= 0 || plan.chunks <= 1 || plan.adapters <= 0) return plan;
-  const int64_t strips = ceil_div<int64_t>(args.cols, kLanes);  // of the path that is not wide, which has the most
-  plan.arrivals = size_t(ceil_div<int64_t>(strips * plan.adapters * int64_t(sizeof(unsigned int)), 16) * 16);
-  plan.partials = size_t(plan.chunks * args.cols) * sizeof(float);
+  plan.bytes = reduction_bytes(args.cols, plan.adapters, plan.chunks);
   return plan;
 }
 
@@ -223,12 +174,9 @@ template <typename T, int kSize, int kActivation>
 ia3_status run(Backward& p, ia3_stream stream) {
   const auto kernel = p.call.up != nullptr ? activation_bwd_kernel<T, kSize, kActivation, true>
                                            : activation_bwd_kernel<T, kSize, kActivation, false>;
-  const int64_t strips = ceil_div<int64_t>(p.call.cols, kLanes * kSize);
-  if (strips > INT32_MAX / p.given.chunks)
-    return fail(IA3_UNSUPPORTED, "there are %lld chunks of %lld columns; expected no more than a grid has blocks for.",
-                static_cast<long long>(p.given.chunks), static_cast<long long>(p.call.cols));
-  p.strips = unsigned(strips);
-  return launch(kernel, dim3(unsigned(strips * p.given.chunks)), dim3(kLanes, kWarps), p, stream);
+  if (const ia3_status status = count_strips(p.call.cols, kSize, p.given.chunks, p.strips); status != IA3_OK)
+    return status;
+  return launch(kernel, dim3(unsigned(p.strips * p.given.chunks)), dim3(kLanes, kWarps), p, stream);
 }
 
 ia3_status check_adapters(const ia3_activation_backward_args& args) {
@@ -264,7 +212,7 @@ ia3_status check(const ia3_activation_backward_args& args) {
 
 size_t ia3_cuda_activation_backward_workspace(const ia3_activation_backward_args* args) {
   const ia3::cuda::Plan plan = ia3::cuda::plan_for(*args);
-  return plan.arrivals + plan.partials;
+  return plan.bytes.arrivals + plan.bytes.partials;
 }
 
 ia3_status ia3_cuda_activation_backward(const ia3_activation_backward_args* args, ia3_stream stream) {
@@ -276,21 +224,14 @@ ia3_status ia3_cuda_activation_backward(const ia3_activation_backward_args* args
     if (args->grad_scale == nullptr) return IA3_OK;
     return checked(cudaMemsetAsync(args->grad_scale, 0, size_t(plan.adapters * args->cols) * sizeof(float), stream));
   }
-  if (plan.partials > 0 && (args->workspace == nullptr || !is_on_16_bytes(args->workspace)))
-    return fail(IA3_INVALID, "workspace is %p; expected %zu bytes on a multiple of 16.", args->workspace,
-                plan.arrivals + plan.partials);
   Backward p{};
   p.call = *args;
   if (args->chunks != nullptr) p.given = *args->chunks;
   p.given.chunks = plan.chunks;
   p.chunk_rows = plan.chunk_rows;
   p.adapters = plan.adapters;
-  p.arrivals = static_cast<unsigned int*>(args->workspace);
-  if (plan.partials > 0) {
-    p.partials = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + plan.arrivals);
-    const ia3_status zeroed = checked(cudaMemsetAsync(p.arrivals, 0, plan.arrivals, stream));
-    if (zeroed != IA3_OK) return zeroed;
-  }
+  const ia3_status prepared = prepare_reduction(plan.bytes, args->workspace, stream, p.arrivals, p.partials);
+  if (prepared != IA3_OK) return prepared;
   return visit_dtype(args->dtype, [&](auto type) {
     using T = decltype(type);
     const bool is_wide = args->cols % kWide<T> == 0 && is_on_16_bytes(args->scale.scale) &&

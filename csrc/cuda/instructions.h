@@ -1,5 +1,5 @@
-// What a thread does in one instruction: wide loads and stores, conversions of two neighbours, the tensor cores'
-// product. Each has a plain version, with which the kernels run on the host in tests.
+// What a thread does in one instruction: wide loads and stores, conversions of two neighbours. Each has a plain
+// version, with which the kernels run on the host in tests.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -165,46 +165,6 @@ __device__ __forceinline__ void load_shared_floats(const float* from, float (&ou
       out[i] = part.x, out[i + 1] = part.y, out[i + 2] = part.z, out[i + 3] = part.w;
     }
   }
-}
-
-// 16 bytes that nobody writes and only this thread reads: they need no room in the first-level cache.
-__device__ __forceinline__ uint4 load_once(const void* from) {
-#if defined(__CUDA_ARCH__)
-  uint4 bits;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-               : "l"(from));
-  return bits;
-#else
-  return load_wide<uint4>(from);
-#endif
-}
-
-// --- tensor cores -------------------------------------------------------------------------------------------------
-
-// d [16, 8] += a [16, 16] b [16, 8], spread over a warp. With g = lane / 4 and q = lane % 4, a lane holds
-//   a: rows g, g + 8, g, g + 8 at columns 2 q and 2 q + 1, for the last two 8 further on;
-//   b: rows 2 q and 2 q + 1, then 8 further on, of column g;
-//   d: row g, columns 2 q and 2 q + 1, then row g + 8.
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
-#if defined(__CUDA_ARCH__)
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#elif !defined(__CUDACC__)
-  emulator::multiply_add<BFloat16>(d, a, b);
-#endif
-}
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16) {
-#if defined(__CUDA_ARCH__)
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#elif !defined(__CUDACC__)
-  emulator::multiply_add<Float16>(d, a, b);
-#endif
 }
 
 }  // namespace ia3::cuda

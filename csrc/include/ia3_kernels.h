@@ -2,10 +2,9 @@
  *
  * Every function returns at once, after putting its work on the stream; it neither allocates nor synchronizes, so it
  * may be captured into a CUDA graph. The current device must be the one that the pointers and the stream belong to.
- * Rows are `*_stride` elements apart and dense inside. Arithmetic is fp32 with one rounding at the end (a linear layer
- * rounds x s_in to 16 bits first, as tensor cores want it); the same arguments give the same bits. On any status but
- * IA3_OK nothing was launched, but for IA3_CUDA_ERROR, which the launch itself returned. Structures are to be zeroed
- * before use: fields may be added at their ends. */
+ * Rows are `*_stride` elements apart and dense inside. Arithmetic is fp32 with one rounding at the end; the same
+ * arguments give the same bits. On any status but IA3_OK nothing was launched, but for IA3_CUDA_ERROR, which the launch
+ * itself returned. Structures are to be zeroed before use: fields may be added at their ends. */
 #ifndef IA3_KERNELS_H
 #define IA3_KERNELS_H
 
@@ -116,6 +115,37 @@ typedef struct {
 IA3_EXPORT size_t ia3_cuda_activation_backward_workspace(const ia3_activation_backward_args* args);
 IA3_EXPORT ia3_status ia3_cuda_activation_backward(const ia3_activation_backward_args* args, ia3_stream stream);
 
+/* a = x s_a and b = x s_b: one input on its way into two layers with a scale each, read once. 3 b bytes an element. */
+typedef struct {
+  ia3_dtype dtype;
+  int64_t rows, cols;
+  const void* x; /* [rows, cols] */
+  int64_t x_stride;
+  const float* scales[2]; /* s_a and s_b, [cols] */
+  void* out[2];           /* a and b, [rows, cols], contiguous */
+} ia3_scale_pair_args;
+
+IA3_EXPORT ia3_status ia3_cuda_scale_pair(const ia3_scale_pair_args* args, ia3_stream stream);
+
+/* dx = da s_a + db s_b, ds_a = sum over rows of da x, ds_b likewise, in one launch, summed as above. Null results are
+ * not computed; what only they need is not read, and may be null. 4 b bytes an element. */
+typedef struct {
+  ia3_dtype dtype;
+  int64_t rows, cols;
+  const void* grads[2]; /* da and db, [rows, cols] */
+  int64_t grad_strides[2];
+  const void* x; /* [rows, cols] */
+  int64_t x_stride;
+  const float* scales[2]; /* s_a and s_b, [cols] */
+  void* grad_x;           /* [rows, cols], contiguous, or null */
+  float* grad_scales[2];  /* [cols], or null */
+  void* workspace;        /* ia3_cuda_scale_pair_backward_workspace() bytes, 16-byte aligned; not read where 0 */
+} ia3_scale_pair_backward_args;
+
+/* As ia3_cuda_activation_backward_workspace() */
+IA3_EXPORT size_t ia3_cuda_scale_pair_backward_workspace(const ia3_scale_pair_backward_args* args);
+IA3_EXPORT ia3_status ia3_cuda_scale_pair_backward(const ia3_scale_pair_backward_args* args, ia3_stream stream);
+
 /* W <- diag(s) W (row_scale given) or W diag(s) (col_scale given), in place; exactly one is given. 2 b bytes a weight.
  */
 typedef struct {
@@ -129,34 +159,16 @@ typedef struct {
 
 IA3_EXPORT ia3_status ia3_cuda_scale_weight(const ia3_scale_weight_args* args, ia3_stream stream);
 
-/* One of the outputs of a linear layer: y = ((x s_in) W^T + b) s_out. */
+/* A linear layer and its output: y = (x W^T + b) s_out. */
 typedef struct {
   int64_t out;
-  const void* weight; /* [out, in]; or [in, out] where the arguments say so */
+  const void* weight; /* [out, in] */
   int64_t weight_stride;
   const void* bias; /* [out], or null */
   ia3_scale scale;
   void* y; /* [rows, out] */
   int64_t y_stride;
 } ia3_linear_output;
-
-/* Linear layers of the same input, of at most IA3_SMALL_ROWS rows: reads each weight once, b bytes a weight. */
-#define IA3_SMALL_ROWS 16
-#define IA3_SMALL_OUTPUTS 4
-typedef struct {
-  ia3_dtype dtype;
-  int64_t rows, in;
-  const void* x; /* [rows, in] */
-  int64_t x_stride;
-  ia3_scale input_scale;
-  int transposed; /* weights are stored as [in, out] */
-  int count;      /* outputs in use */
-  ia3_linear_output outputs[IA3_SMALL_OUTPUTS];
-  void* workspace; /* ia3_cuda_small_linear_workspace() bytes, 16-byte aligned; not read where 0 */
-} ia3_small_linear_args;
-
-IA3_EXPORT size_t ia3_cuda_small_linear_workspace(const ia3_small_linear_args* args);
-IA3_EXPORT ia3_status ia3_cuda_small_linear(const ia3_small_linear_args* args, ia3_stream stream);
 
 /* y = (x W^T + b) s_out on Hopper's tensor cores: bf16 and fp16, weight [out, in], every row on 16 bytes, `scale`
  * without `index`. IA3_UNSUPPORTED elsewhere. */

@@ -1,8 +1,9 @@
-// The operators on CPU tensors, below autograd. Shapes, semantics and errors: ia3_kernels/schemas.py.
+// The operators as the dispatcher knows them, to be called from C++. Schemas and equations: ia3_kernels/schemas.py.
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
+
 #include <array>
-#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -10,45 +11,64 @@
 
 namespace ia3 {
 
-at::Tensor scaled_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& input_scale, const OptionalTensor& output_scale,
-                         const OptionalTensor& adapter_index);
+using Tensor2 = std::tuple<at::Tensor, at::Tensor>;
+using Tensor3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// How a 16-bit matmul of many rows runs here, "library" or "widen": measured once per process, at first use, or named
-// by the environment variable IA3_CPU_MATMUL.
-std::string matmul_route(at::ScalarType dtype);
+namespace call {
 
-// Whether y = z s, as scaled_linear computes it, determines z as well as keeping z itself would.
-bool recovers_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& output_scale);
+// Python defines the schemas, so an operator is looked up when it is first called.
+#define IA3_OPERATOR(name, Result, parameters, arguments)                                             \
+  inline Result name parameters {                                                                     \
+    static const auto handle =                                                                        \
+        c10::Dispatcher::singleton().findSchemaOrThrow("ia3::" #name, "").typed<Result parameters>(); \
+    return handle.call arguments;                                                                     \
+  }
 
-// gated_activation (`up` given) and scaled_activation (`up` absent); `out`, if given, is written instead of a new
-// tensor.
-at::Tensor activation(std::string_view op, const at::Tensor& gate, const OptionalTensor& up,
-                      const OptionalTensor& scale, std::string_view activation, const OptionalTensor& adapter_index,
-                      const OptionalTensor& out = std::nullopt);
+IA3_OPERATOR(scaled_linear, at::Tensor,
+             (const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+              const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+              const OptionalTensor& adapter_index),
+             (x, weight, bias, input_scale, output_scale, adapter_index))
+IA3_OPERATOR(scaled_linear_product, Tensor2,
+             (const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+              const OptionalTensor& input_scale, const at::Tensor& output_scale, const OptionalTensor& adapter_index),
+             (x, weight, bias, input_scale, output_scale, adapter_index))
+IA3_OPERATOR(gated_activation, at::Tensor,
+             (const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& scale, std::string_view activation,
+              const OptionalTensor& adapter_index),
+             (gate, up, scale, activation, adapter_index))
+IA3_OPERATOR(gated_activation_backward, Tensor3,
+             (const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& scale,
+              std::string_view activation, const OptionalTensor& adapter_index, std::array<bool, 3> output_mask),
+             (grad, gate, up, scale, activation, adapter_index, output_mask))
+IA3_OPERATOR(scaled_activation, at::Tensor,
+             (const at::Tensor& x, const OptionalTensor& scale, std::string_view activation,
+              const OptionalTensor& adapter_index),
+             (x, scale, activation, adapter_index))
+IA3_OPERATOR(scaled_activation_backward, Tensor2,
+             (const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& scale, std::string_view activation,
+              const OptionalTensor& adapter_index, std::array<bool, 2> output_mask),
+             (grad, x, scale, activation, adapter_index, output_mask))
+IA3_OPERATOR(scale_pair, Tensor2, (const at::Tensor& x, const at::Tensor& first, const at::Tensor& second),
+             (x, first, second))
+IA3_OPERATOR(scale_pair_backward, Tensor3,
+             (const at::Tensor& grad_first, const at::Tensor& grad_second, const at::Tensor& x,
+              const at::Tensor& first, const at::Tensor& second, std::array<bool, 3> output_mask),
+             (grad_first, grad_second, x, first, second, output_mask))
+IA3_OPERATOR(scale_weight_, void, (const at::Tensor& weight, const at::Tensor& scale, int64_t dim),
+             (weight, scale, dim))
+IA3_OPERATOR(gated_mlp, at::Tensor,
+             (const at::Tensor& x, const at::Tensor& gate_weight, const at::Tensor& up_weight,
+              const at::Tensor& down_weight, const OptionalTensor& scale, std::string_view activation,
+              const OptionalTensor& gate_scale, const OptionalTensor& up_scale),
+             (x, gate_weight, up_weight, down_weight, scale, activation, gate_scale, up_scale))
+IA3_OPERATOR(mlp, at::Tensor,
+             (const at::Tensor& x, const at::Tensor& up_weight, const at::Tensor& down_weight,
+              const OptionalTensor& scale, std::string_view activation, const OptionalTensor& up_bias,
+              const OptionalTensor& down_bias),
+             (x, up_weight, down_weight, scale, activation, up_bias, down_bias))
 
-// Gradients of gate, up and scale; one that `mask` does not ask for is an empty tensor. `outputs`, if given, are
-// written instead of new tensors for the first two.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_backward(
-    std::string_view op, const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up,
-    const OptionalTensor& scale, std::string_view activation, const OptionalTensor& adapter_index,
-    std::array<bool, 3> mask, const std::array<OptionalTensor, 2>& outputs = {});
+#undef IA3_OPERATOR
 
-void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim);
-
-// The weight is a matrix as it lies in memory. Returns its parity, and the positions and bits of escapes.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_exact_(const at::Tensor& weight, const at::Tensor& scale,
-                                                            int64_t dim);
-
-void unmerge_exact_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim, const at::Tensor& parity,
-                    const at::Tensor& positions, const at::Tensor& bits);
-
-// Whether merging would give finite values only, as a tensor of one bool.
-at::Tensor stays_finite(const at::Tensor& weight, const at::Tensor& scale, int64_t dim);
-
-// Returns the positions and bits of the new escapes; the parity stays.
-std::tuple<at::Tensor, at::Tensor> swap_exact_(const at::Tensor& weight, const at::Tensor& old_scale,
-                                               const at::Tensor& new_scale, int64_t dim, const at::Tensor& parity,
-                                               const at::Tensor& positions, const at::Tensor& bits);
-
+}  // namespace call
 }  // namespace ia3

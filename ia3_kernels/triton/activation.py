@@ -27,8 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chunks import chunks_by_adapter
+from ..schemas import as_vector
 from ..tuning import ActivationLaunch, activation_launch
-from .functions import activate, activate_with_derivative, load_scale, round_to
+from .functions import activate, activate_with_derivative, load_scale, round_to, sum_chunks
 
 
 @triton.jit
@@ -154,12 +155,7 @@ def reduce_partials_kernel(
         first = tl.load(adapter_first + adapter)
         last = tl.load(adapter_last + adapter)
     # ds = Σ partials, in the order of the chunks
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(first, last, BLOCK_M):
-        chunk = start + tl.arange(0, BLOCK_M)[:, None]
-        mask = (chunk < last) & (col < cols)
-        total += tl.load(partials + chunk.to(tl.int64) * cols + col, mask=mask, other=0.0)
-    ds = tl.sum(total, axis=0, keep_dims=True)
+    ds = sum_chunks(partials, first, last, cols, col, BLOCK_M, BLOCK_N)
     tl.store(out + adapter * cols + col, round_to(ds, out.dtype.element_ty), mask=col < cols)
 
 
@@ -190,6 +186,7 @@ def forward(
     if not out.numel():
         return out
     x, u, h = as_rows(gate), None if up is None else as_rows(up), as_rows(out)
+    scale = as_vector(scale, adapter_index)
     scale = None if scale is None else scale.contiguous()
     rows, cols = x.shape
     launch = launch or activation_launch(rows, cols, x.element_size())
@@ -237,6 +234,7 @@ def backward(
     dh, x, u = as_rows(grad), as_rows(gate), None if up is None else as_rows(up)
     rows, cols = x.shape
     launch = launch or activation_launch(rows, cols, x.element_size(), is_backward=True)
+    scale = as_vector(scale, adapter_index)
     scale = None if scale is None else scale.contiguous()
     adapters = 1 if scale is None or scale.dim() == 1 else scale.shape[0]
     index = _flat_index(adapter_index)

@@ -76,6 +76,17 @@ def load_scale(scale, adapter, adapters, scale_stride, col, mask):
 
 
 @triton.jit
+def sum_chunks(partials, first, last, cols, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns ``col`` ``[1, BLOCK_N]`` of rows first .. last of ``partials [*, cols]``, added up in their order."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(first, last, BLOCK_M):
+        chunk = start + tl.arange(0, BLOCK_M)[:, None]
+        mask = (chunk < last) & (col < cols)
+        total += tl.load(partials + chunk.to(tl.int64) * cols + col, mask=mask, other=0.0)
+    return tl.sum(total, axis=0, keep_dims=True)
+
+
+@triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """fp32 ``x`` in DTYPE, to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..schemas import as_vector
 from ..tuning import Architecture, LinearLaunch, linear_launch
 from .activation import as_rows
 from .functions import INTERPRETED, load_scale, round_to
@@ -196,7 +197,8 @@ def matmul(
     if launch.TMA and not is_aligned:  # measured for this shape, elsewhere in memory
         launch = replace(launch, TMA=False)
     index = None if adapter_index is None else adapter_index.reshape(-1).contiguous()
-    scales = [None if scale is None else scale.contiguous() for scale in (input_scale, output_scale)]
+    vectors = (as_vector(scale, adapter_index) for scale in (input_scale, output_scale))
+    scales = [None if scale is None else scale.contiguous() for scale in vectors]
     adapters = next((scale.shape[0] for scale in scales if scale is not None and scale.dim() == 2), 1)
     a: Any = rows_of_x
     w: Any = weight

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schemas import check_scale_weight_
 from ..tuning import weight_launch
 from .functions import round_to
 
@@ -36,7 +35,6 @@ def scale_weight_kernel(
 
 
 def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
-    check_scale_weight_(weight, scale, dim)
     if not weight.numel():
         return
     # A Conv1D's weight comes transposed: its rows are the columns of what lies in memory.

@@ -56,6 +56,34 @@ class BackwardArgs(ctypes.Structure):
     ]
 
 
+class ScalePairArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("scales", ctypes.c_void_p * 2),
+        ("out", ctypes.c_void_p * 2),
+    ]
+
+
+class ScalePairBackwardArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("grads", ctypes.c_void_p * 2),
+        ("grad_strides", ctypes.c_int64 * 2),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("scales", ctypes.c_void_p * 2),
+        ("grad_x", ctypes.c_void_p),
+        ("grad_scales", ctypes.c_void_p * 2),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
 class ScaleWeightArgs(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int),
@@ -77,21 +105,6 @@ class LinearOutput(ctypes.Structure):
         ("scale", Scale),
         ("y", ctypes.c_void_p),
         ("y_stride", ctypes.c_int64),
-    ]
-
-
-class SmallLinearArgs(ctypes.Structure):
-    _fields_ = [
-        ("dtype", ctypes.c_int),
-        ("rows", ctypes.c_int64),
-        ("in_", ctypes.c_int64),
-        ("x", ctypes.c_void_p),
-        ("x_stride", ctypes.c_int64),
-        ("input_scale", Scale),
-        ("transposed", ctypes.c_int),
-        ("count", ctypes.c_int),
-        ("outputs", LinearOutput * 4),
-        ("workspace", ctypes.c_void_p),
     ]
 
 

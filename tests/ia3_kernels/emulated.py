@@ -27,17 +27,17 @@ from .c_interface import (
     ActivationArgs,
     BackwardArgs,
     Chunks,
-    LinearOutput,
     Scale,
+    ScalePairArgs,
+    ScalePairBackwardArgs,
     ScaleWeightArgs,
-    SmallLinearArgs,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).with_name("cuda_emulator")
 SOURCES = [
-    *(ROOT / "csrc/cuda" / f"{name}.cu" for name in ("activation", "activation_backward", "small_linear", "weight")),
-    ROOT / "csrc/cuda/status.cpp",
+    *(ROOT / "csrc/cuda" / f"{name}.cu" for name in ("activation", "activation_backward", "scale_pair", "weight")),
+    *(ROOT / "csrc/cuda" / f"{name}.cpp" for name in ("hopper_dispatch", "status")),
     EMULATOR / "scalars.cpp",
 ]
 COMPILER = shutil.which("g++")
@@ -84,7 +84,7 @@ def library() -> ctypes.CDLL:
     loaded.emulator_launches.restype = ctypes.c_int64
     loaded.emulated_rows_per_chunk.restype = ctypes.c_int64
     loaded.emulated_sum.restype = ctypes.c_float
-    for function in ("activation_backward", "small_linear"):
+    for function in ("activation_backward", "scale_pair_backward"):
         getattr(loaded, f"ia3_cuda_{function}_workspace").restype = ctypes.c_size_t
     return loaded
 
@@ -121,6 +121,10 @@ def intact(view: Tensor) -> bool:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or not tensor.numel() else tensor.data_ptr()
+
+
+def _pointers(pair: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * 2)(*map(_pointer, pair))
 
 
 def _scale(scale: Tensor | None, index: Tensor | None) -> Scale:
@@ -258,7 +262,58 @@ class Emulated:
         )
         return grad_x, grad_scale
 
-    # --- weights and linear layers ---
+    # --- one input for two layers ---
+
+    def scale_pair(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        given = self._matrix("x", x)
+        assert given is not None
+        scales = [self._vector("first", first), self._vector("second", second)]
+        a, b = (self._vector(name, torch.full_like(x, NAN), UNTOUCHED) for name in ("a", "b"))
+        assert a is not None
+        assert b is not None
+        args = ScalePairArgs(DTYPES.index(x.dtype), *x.shape, _pointer(given), given.stride(0))
+        args.scales, args.out = _pointers(scales), _pointers((a, b))
+        call("scale_pair", args)
+        assert intact(a)
+        assert intact(b)
+        return a, b
+
+    def scale_pair_backward(
+        self,
+        grad_first: Tensor,
+        grad_second: Tensor,
+        x: Tensor,
+        first: Tensor,
+        second: Tensor,
+        output_mask: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_x, *wants_scales = output_mask
+        # What no result needs is not given.
+        da = self._matrix("grad_first", grad_first if wants_x or wants_scales[0] else None)
+        db = self._matrix("grad_second", grad_second if wants_x or wants_scales[1] else None)
+        given = self._matrix("x", x if any(wants_scales) else None)
+        scales = [self._vector("first", first), self._vector("second", second)] if wants_x else [None, None]
+        grad_x = self._vector("grad_x", torch.full_like(x, NAN) if wants_x else None, UNTOUCHED)
+        sums = [
+            self._vector(f"grad_{name}", torch.full_like(scale, NAN) if wanted else None, UNTOUCHED)
+            for name, scale, wanted in zip(("first", "second"), (first, second), wants_scales, strict=True)
+        ]
+        args = ScalePairBackwardArgs(DTYPES.index(x.dtype), *x.shape, _pointers((da, db)))
+        args.grad_strides = (ctypes.c_int64 * 2)(*(0 if grad is None else grad.stride(0) for grad in (da, db)))
+        args.x, args.x_stride = _pointer(given), 0 if given is None else given.stride(0)
+        args.scales, args.grad_x, args.grad_scales = _pointers(scales), _pointer(grad_x), _pointers(sums)
+        workspace = self._workspace("scale_pair_backward", args)
+        call("scale_pair_backward", args)
+        self._check_workspace()
+        del workspace
+        results = []
+        for result, like in ((grad_x, x), (sums[0], first), (sums[1], second)):
+            assert result is None or intact(result)
+            results.append(like.new_empty(0) if result is None else result)
+        dx, ds_first, ds_second = results
+        return dx, ds_first, ds_second
+
+    # --- weights ---
 
     def scaled_weight(self, weight: Tensor, scale: Tensor, dim: int) -> Tensor:
         """A copy of the weight after scale_weight_."""
@@ -272,55 +327,6 @@ class Emulated:
         call("scale_weight", args)
         assert intact(w)
         return w
-
-    def scaled_linears(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        input_scale: Tensor | None,
-        output_scales: Sequence[Tensor | None],
-        index: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Several layers of one input; all weights contiguous [out, in], or all transposes of contiguous [in, out]."""
-        rows, inputs = x.shape
-        transposed = not weights[0].is_contiguous()
-        given, s_in = self._matrix("x", x), self._vector("input_scale", input_scale)
-        assert given is not None
-        args = SmallLinearArgs(DTYPES.index(x.dtype), rows, inputs, _pointer(given), given.stride(0))
-        args.input_scale = _scale(s_in, index if input_scale is not None else None)
-        args.transposed, args.count = int(transposed), len(weights)
-        keep: list[Any] = [s_in]
-        results: list[Tensor] = []
-        for i, (weight, bias, scale) in enumerate(zip(weights, biases, output_scales, strict=True)):
-            stored = self._matrix("weight", weight.t() if transposed else weight)
-            assert stored is not None
-            b, s = self._vector("bias", bias), self._vector("scale", scale)
-            y = self._result("y", x, weight.shape[0])
-            s_out = _scale(s, index if scale is not None else None)
-            args.outputs[i] = LinearOutput(
-                weight.shape[0], _pointer(stored), stored.stride(0), _pointer(b), s_out, _pointer(y), y.stride(0)
-            )
-            keep += [stored, b, s]
-            results.append(y)
-        workspace = self._workspace("small_linear", args)
-        call("small_linear", args)
-        self._check_workspace()
-        del workspace
-        for y in results:
-            assert intact(y)
-        return results
-
-    def scaled_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        input_scale: Tensor | None = None,
-        output_scale: Tensor | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        return self.scaled_linears(x, [weight], [bias], input_scale, [output_scale], index)[0]
 
 
 def activation_args(

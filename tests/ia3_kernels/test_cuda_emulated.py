@@ -16,7 +16,7 @@ from ia3_kernels import ACTIVATIONS, reference
 from . import c_interface, emulated
 from .c_interface import INVALID, UNSUPPORTED
 from .emulated import NAN, Emulated, Failure, between, library, needs_compiler
-from .helpers import DTYPES, assert_accurate, eager_scaled_linear, error
+from .helpers import DTYPES, assert_accurate, error
 
 pytestmark = needs_compiler
 
@@ -134,7 +134,6 @@ ONE_THING_OFF = [
     *itertools.product((1,), (0,), ("gate", "up", "out", "grad", "grad_gate", "grad_up", "scale", "weight"))
 ]
 ONE_THING_OFF += [*itertools.product((0,), (1,), ("gate", "up", "out", "grad", "weight"))]
-ONE_THING_OFF += [(1, 0, "x"), (0, 1, "x"), (1, 0, "input_scale"), (1, 0, "bias"), (1, 0, "y"), (0, 1, "y")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,11 +147,6 @@ def test_one_thing_that_is_not_on_16_bytes(offset: int, stride_offset: int, only
     backward = kernels.gated_activation_backward
     assert_accurate(backward, "gated_activation_backward", grad, gate, up, *arguments, [True] * 3)
     assert torch.equal(kernels.scaled_weight(weight, scale[0], 1), reference_weight(weight, scale[0], 1))
-    for matrix in (weight[:, :8].contiguous(), weight[:, :8].contiguous().t()):
-        x = torch.randn(5, matrix.shape[1]).to(dtype)
-        bias = torch.randn(matrix.shape[0]).to(dtype)
-        vectors = bias, torch.randn(3, matrix.shape[1]), torch.randn(3, matrix.shape[0])
-        assert_accurate(kernels.scaled_linear, "scaled_linear", x, matrix, *vectors, index)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,8 +217,6 @@ def test_a_wrong_index_makes_its_rows_nan_and_no_others(offset: int) -> None:
     results = {
         "forward": lambda i: kernels.scaled_activation(x, scale, "silu", i),
         "backward": lambda i: kernels.scaled_activation_backward(x, x, scale, "silu", i, (True, True))[0],
-        "input": lambda i: kernels.scaled_linear(x, torch.ones(8, 16), None, scale, None, i),
-        "output": lambda i: kernels.scaled_linear(x, torch.ones(16, 16), None, None, scale, i),
     }
     for name, compute in results.items():
         result, expected = compute(index), compute(good)
@@ -281,6 +273,116 @@ def assert_close_bits(result: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(result, expected, rtol=torch.finfo(result.dtype).eps, atol=0)
 
 
+# --- one input for two layers --------------------------------------------------------------------------------------
+
+
+def _pair(rows: int, cols: int, dtype: torch.dtype) -> list[Tensor]:
+    """What the backward of scale_pair takes: two gradients, the input, two scales."""
+    return [*(torch.randn(rows, cols).to(dtype) for _ in range(3)), torch.randn(cols), torch.randn(cols)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_pair(dtype: torch.dtype) -> None:
+    for (rows, cols), offset in itertools.product(SHAPES, (0, 1)):
+        *_, x, first, second = _pair(rows, cols, dtype)
+        results, expected = Emulated(offset).scale_pair(x, first, second), reference.scale_pair(x, first, second)
+        # One product and one rounding: there is only one right result.
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_pair_backward(dtype: torch.dtype) -> None:
+    for shape, offset in itertools.product(SHAPES, (0, 1)):
+        arguments = *_pair(*shape, dtype), [True] * 3
+        assert_accurate(Emulated(offset).scale_pair_backward, "scale_pair_backward", *arguments)
+
+
+PAIR = ("x", "first", "second", "a", "b", "grad_first", "grad_second", "grad_x")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("offset", "stride_offset", "only"),
+    [*((1, 0, name) for name in PAIR), *((0, 1, name) for name in ("x", "grad_first", "grad_second"))],
+)
+def test_one_thing_of_a_pair_that_is_not_on_16_bytes(
+    offset: int, stride_offset: int, only: str, dtype: torch.dtype
+) -> None:
+    kernels = Emulated(offset, stride_offset, only)
+    arguments = _pair(35, 16, dtype)
+    assert_accurate(kernels.scale_pair, "scale_pair", *arguments[2:])
+    assert_accurate(kernels.scale_pair_backward, "scale_pair_backward", *arguments, [True] * 3)
+
+
+@pytest.mark.parametrize("rows", [5, 70])  # one chunk, and several
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
+def test_scale_pair_backward_computes_what_is_wanted(wanted: tuple[bool, bool, bool], rows: int) -> None:
+    for dtype, cols in itertools.product(DTYPES, (16, 33)):
+        arguments = _pair(rows, cols, dtype)
+        whole = Emulated().scale_pair_backward(*arguments, [True] * 3)
+        before = library().emulator_launches()
+        results = Emulated().scale_pair_backward(*arguments, wanted)
+        assert library().emulator_launches() == before + any(wanted)
+        for result, other, is_wanted in zip(results, whole, wanted, strict=True):
+            assert torch.equal(result, other) if is_wanted else not result.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sums_of_a_pair_are_as_good_as_torchs(dtype: torch.dtype) -> None:
+    da, db, x = (torch.rand(20000, 8).to(dtype) + 1 for _ in range(3))
+    _, *sums = Emulated().scale_pair_backward(da, db, x, torch.ones(8), torch.ones(8), (False, True, True))
+    for result, grad in zip(sums, (da, db), strict=True):
+        oracle = (grad.double() * x.double()).sum(0)
+        assert error(result, oracle) <= max(error((grad.float() * x.float()).sum(0), oracle), 2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_order_of_blocks_changes_no_bit_of_a_pair(dtype: torch.dtype) -> None:
+    arguments = _pair(70, 264, dtype)
+    _same_in_any_order(lambda: Emulated().scale_pair(*arguments[2:]))
+    _same_in_any_order(lambda: Emulated().scale_pair_backward(*arguments, [True] * 3))
+
+
+def test_a_pair_of_more_rows_than_a_grid_has_blocks() -> None:
+    rows = 65535 * 32 + 5
+    x, first, second = torch.randn(rows, 1).half(), torch.tensor([2.0]), torch.tensor([-0.5])
+    results = torch.full_like(x, NAN), torch.full_like(x, NAN)
+    args = c_interface.ScalePairArgs(2, rows, 1, x.data_ptr(), 1)
+    args.scales[:], args.out[:] = (first.data_ptr(), second.data_ptr()), [result.data_ptr() for result in results]
+    emulated.call("scale_pair", args)
+    assert torch.equal(results[0], x * 2)
+    assert torch.equal(results[1], x * -0.5)
+
+
+def test_rows_of_a_pair_beyond_32_bits() -> None:
+    stride = (1 << 31) + 8
+    da, db, x, first, second = _pair(2, 8, torch.bfloat16)
+    memory = torch.empty(stride + 8, dtype=torch.bfloat16)
+    far = memory.as_strided((2, 8), (stride, 1))
+    scales = first.data_ptr(), second.data_ptr()
+
+    def results() -> list[Tensor]:
+        return [torch.full_like(x, NAN), torch.full_like(x, NAN)]
+
+    forward = results()
+    args = c_interface.ScalePairArgs(1, 2, 8, far.copy_(x).data_ptr(), stride)
+    args.scales[:], args.out[:] = scales, [result.data_ptr() for result in forward]
+    emulated.call("scale_pair", args)
+    assert all(map(torch.equal, forward, reference.scale_pair(x, first, second)))
+    expected = Emulated().scale_pair_backward(da, db, x, first, second, [True] * 3)
+    for which, tensor in enumerate((da, db, x)):
+        matrices = [(other.data_ptr(), 8) for other in (da, db, x)]
+        matrices[which] = (far.copy_(tensor).data_ptr(), stride)
+        backward = torch.full_like(x, NAN), torch.empty(8), torch.empty(8)
+        args = c_interface.ScalePairBackwardArgs(1, 2, 8)
+        args.grads[:], args.grad_strides[:] = zip(*matrices[:2], strict=True)
+        args.x, args.x_stride = matrices[2]
+        args.scales[:], args.grad_x = scales, backward[0].data_ptr()
+        args.grad_scales[:] = [sums.data_ptr() for sums in backward[1:]]
+        emulated.call("scale_pair_backward", args)
+        assert all(map(torch.equal, backward, expected))
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
@@ -310,70 +412,6 @@ def test_scaled_weights_round_like_torch_at_the_ends() -> None:
             assert torch.equal(result.isnan(), expected.isnan())
 
 
-# --- decoding ------------------------------------------------------------------------------------------------------
-
-
-def _layer(outputs: int, inputs: int, dtype: torch.dtype, transposed: bool) -> Tensor:
-    weight = (torch.randn(inputs, outputs) / inputs**0.5).to(dtype)
-    return weight.t() if transposed else weight.t().contiguous()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16])
-def test_small_linear(rows: int, transposed: bool, dtype: torch.dtype) -> None:
-    # Less than a tile of outputs, and several; one part of K, and several; a path for what does not lie on 16 bytes
-    for outputs, inputs, offset in ((1, 1, 0), (8, 8, 0), (72, 1032, 0), (40, 24, 1), (33, 70, 0)):
-        x, weight = torch.randn(rows, inputs).to(dtype), _layer(outputs, inputs, dtype, transposed)
-        bias, index = torch.randn(outputs).to(dtype), _index(rows, 3)
-        choices = [
-            (None, None, None, None),
-            (bias, None, torch.randn(outputs), None),
-            (bias, torch.randn(inputs), None, None),
-            (None, torch.randn(3, inputs), torch.randn(3, outputs), index),
-        ]
-        for arguments in choices[-1:] if inputs > 100 else choices:
-            assert_accurate(Emulated(offset).scaled_linear, "scaled_linear", x, weight, *arguments)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_input_scale_errs_no_more_than_the_eager_formula(dtype: torch.dtype) -> None:
-    rows, inputs, outputs = 16, 2048, 64
-    x, weight = torch.randn(rows, inputs).to(dtype), _layer(outputs, inputs, dtype, False)
-    input_scale, output_scale = torch.randn(inputs), torch.randn(outputs)
-    arguments = x, weight, None, input_scale, output_scale
-    oracle = reference.scaled_linear(*(None if a is None else a.double() for a in arguments))
-    assert error(Emulated().scaled_linear(*arguments), oracle) <= error(eager_scaled_linear(*arguments), oracle)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_several_outputs_in_one_launch(transposed: bool, dtype: torch.dtype) -> None:
-    x, sizes = torch.randn(3, 520).to(dtype), (80, 0, 16, 200)
-    weights = [_layer(outputs, 520, dtype, transposed) for outputs in sizes]
-    biases = [torch.randn(80).to(dtype), None, None, torch.randn(200).to(dtype)]
-    scales = [None, None, torch.randn(3, 16), torch.randn(3, 200)]
-    index = torch.tensor([1, -1, 2], dtype=torch.int32)
-    before = library().emulator_launches()
-    results = Emulated().scaled_linears(x, weights, biases, None, scales, index)
-    assert library().emulator_launches() == before + 1
-    for result, weight, bias, scale in zip(results, weights, biases, scales, strict=True):
-        arguments = x, weight, bias, None, scale, None if scale is None else index
-        assert_accurate(lambda *_, result=result: result, "scaled_linear", *arguments)
-
-
-def test_the_order_of_parts_changes_no_bit() -> None:
-    for dtype, transposed in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-        x, weight = torch.randn(12, 2500 // 8 * 8).to(dtype), _layer(72, 2500 // 8 * 8, dtype, transposed)
-        _same_in_any_order(lambda x=x, weight=weight: Emulated().scaled_linear(x, weight, None, None, torch.ones(72)))
-
-
-def test_no_inputs_leave_the_bias() -> None:
-    bias, scale = torch.randn(24), torch.randn(24)
-    result = Emulated().scaled_linear(torch.empty(3, 0), torch.empty(24, 0), bias, None, scale)
-    torch.testing.assert_close(result, (bias * scale).expand(3, 24))
-
-
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -385,16 +423,11 @@ def test_nothing_is_launched_for_nothing() -> None:
         dx, ds = kernels.scaled_activation_backward(x, x, scale, "silu", None, (True, True))
         assert dx.shape == (rows, cols)
         assert torch.equal(ds, torch.zeros(cols))
+        assert kernels.scale_pair(x, scale, scale)[1].shape == (rows, cols)
+        for ds in kernels.scale_pair_backward(x, x, x, scale, scale, [True] * 3)[1:]:
+            assert torch.equal(ds, torch.zeros(cols))
         assert kernels.scaled_weight(x, scale, 1).shape == (rows, cols)
-    assert kernels.scaled_linear(torch.empty(0, 4), torch.randn(3, 4)).shape == (0, 3)
-    assert kernels.scaled_linear(torch.randn(2, 4), torch.empty(0, 4)).shape == (2, 0)
     assert library().emulator_launches() == before
-
-
-def test_more_rows_than_the_decoding_kernel_takes() -> None:
-    with pytest.raises(Failure, match=r"x has 17 rows; the kernel for decoding takes at most 16\.") as failure:
-        Emulated().scaled_linear(torch.randn(17, 8), torch.randn(8, 8))
-    assert failure.value.status == UNSUPPORTED
 
 
 def _good_arguments() -> dict[str, tuple[ctypes.Structure, list[Tensor]]]:
@@ -403,21 +436,26 @@ def _good_arguments() -> dict[str, tuple[ctypes.Structure, list[Tensor]]]:
     activation = emulated.activation_args(x, x, scale, "silu", None, out)
     backward = c_interface.BackwardArgs(0, 0, 4, 8, x.data_ptr(), 8, x.data_ptr(), 8, x.data_ptr(), 8)
     backward.grad_gate = backward.grad_up = out.data_ptr()
+    pair = c_interface.ScalePairArgs(0, 4, 8, x.data_ptr(), 8)
+    pair.scales[:], pair.out[:] = [scale.data_ptr()] * 2, [out.data_ptr()] * 2
+    pair_backward = c_interface.ScalePairBackwardArgs(0, 4, 8)
+    pair_backward.grads[:], pair_backward.grad_strides[:] = [x.data_ptr()] * 2, [8] * 2
+    pair_backward.x, pair_backward.x_stride = x.data_ptr(), 8
+    sums = torch.empty(8)
+    pair_backward.scales[:], pair_backward.grad_scales[:] = [scale.data_ptr()] * 2, [sums.data_ptr()] * 2
+    pair_backward.grad_x = out.data_ptr()
     weight = c_interface.ScaleWeightArgs(0, 4, 8, out.data_ptr(), 8, None, scale.data_ptr())
-    linear = c_interface.SmallLinearArgs(0, 4, 8, x.data_ptr(), 8)
-    linear.count = 1
-    matrix = torch.randn(8, 8)
-    linear.outputs[0] = c_interface.LinearOutput(8, matrix.data_ptr(), 8, None, c_interface.Scale(), out.data_ptr(), 8)
-    keep = [x, out, scale, matrix]
+    keep = [x, out, scale, sums]
     return {
         "activation": (activation, keep),
         "activation_backward": (backward, keep),
+        "scale_pair": (pair, keep),
+        "scale_pair_backward": (pair_backward, keep),
         "scale_weight": (weight, keep),
-        "small_linear": (linear, keep),
     }
 
 
-# function, field (outputs. for those of the first output), value, what the sentence says
+# function, field (.0 and .1 for those of a pair), value, what the sentence says
 BAD = [
     ("activation", "dtype", 3, "dtype is 3"),
     ("activation", "dtype", -1, "dtype is -1"),
@@ -437,22 +475,30 @@ BAD = [
     ("activation_backward", "gate", None, "gate is null"),
     ("activation_backward", "up", None, "grad_up is given and up is null"),
     ("activation_backward", "chunks", c_interface.Chunks(), "0 chunks and 0 adapters"),
+    ("scale_pair", "dtype", 3, "dtype is 3"),
+    ("scale_pair", "rows", -1, "-1 x 8"),
+    ("scale_pair", "cols", -8, "4 x -8"),
+    ("scale_pair", "x", None, "x is null"),
+    ("scale_pair", "x_stride", -8, "x has rows of 8 elements, -8 apart"),
+    ("scale_pair", "scales.0", None, r"scales\[0\] is null"),
+    ("scale_pair", "scales.1", None, r"scales\[1\] is null"),
+    ("scale_pair", "out.0", None, r"out\[0\] is null"),
+    ("scale_pair", "out.1", None, r"out\[1\] is null"),
+    ("scale_pair_backward", "dtype", -1, "dtype is -1"),
+    ("scale_pair_backward", "rows", -4, "-4 x 8"),
+    ("scale_pair_backward", "x", None, "x is null"),
+    ("scale_pair_backward", "x_stride", -8, "x has rows of 8 elements, -8 apart"),
+    ("scale_pair_backward", "grads.0", None, r"grads\[0\] is null"),
+    ("scale_pair_backward", "grads.1", None, r"grads\[1\] is null"),
+    ("scale_pair_backward", "grad_strides.1", -8, r"grads\[1\] has rows of 8 elements, -8 apart"),
+    ("scale_pair_backward", "scales.0", None, r"scales\[0\] is null"),
+    ("scale_pair_backward", "scales.1", None, r"scales\[1\] is null"),
     ("scale_weight", "dtype", 7, "dtype is 7"),
     ("scale_weight", "rows", -1, "-1 x 8"),
     ("scale_weight", "weight", None, "weight is null"),
     ("scale_weight", "weight_stride", 4, "weight has rows of 8 elements, 4 apart"),
     ("scale_weight", "col_scale", None, "both null"),
     ("scale_weight", "row_scale", 64, "both given"),
-    ("small_linear", "dtype", 3, "dtype is 3"),
-    ("small_linear", "rows", -1, "-1 x 8"),
-    ("small_linear", "in_", -8, "4 x -8"),
-    ("small_linear", "x", None, "x is null"),
-    ("small_linear", "count", 0, "0 outputs"),
-    ("small_linear", "count", 5, "5 outputs"),
-    ("small_linear", "outputs.out", -1, "-1 columns"),
-    ("small_linear", "outputs.weight", None, "weight is null"),
-    ("small_linear", "outputs.y", None, "y is null"),
-    ("small_linear", "outputs.y_stride", 1, "y has rows of 8 elements, 1 apart"),
 ]
 
 
@@ -462,8 +508,8 @@ def test_bad_arguments(function: str, field: str, value: Any, sentence: str) -> 
     before = library().emulator_launches()
     if field == "scale.index":
         args.scale.index = value
-    elif field.startswith("outputs."):
-        setattr(args.outputs[0], field.removeprefix("outputs."), value)
+    elif field[-2:-1] == ".":
+        getattr(args, field[:-2])[int(field[-1])] = value
     elif isinstance(value, c_interface.Chunks):
         args.chunks = ctypes.pointer(value)
     else:
@@ -477,7 +523,7 @@ def test_bad_arguments(function: str, field: str, value: Any, sentence: str) -> 
     assert bool(keep[1].isnan().all())
 
 
-@pytest.mark.parametrize("function", ["activation", "activation_backward", "scale_weight", "small_linear"])
+@pytest.mark.parametrize("function", list(_good_arguments()))
 def test_a_refused_launch_is_told(function: str) -> None:
     args, keep = _good_arguments()[function]
     library().emulator_fail_next_launch()
@@ -493,7 +539,12 @@ def test_a_missing_workspace_is_told() -> None:
     args = c_interface.BackwardArgs(0, 0, 40, 8, x.data_ptr(), 8, x.data_ptr(), 8)
     args.grad_scale = ds.data_ptr()
     assert library().ia3_cuda_activation_backward_workspace(ctypes.byref(args)) > 0
+    pair = c_interface.ScalePairBackwardArgs(0, 40, 8)
+    pair.grads[0], pair.grad_strides[0], pair.x, pair.x_stride = x.data_ptr(), 8, x.data_ptr(), 8
+    pair.grad_scales[0] = ds.data_ptr()
+    assert library().ia3_cuda_scale_pair_backward_workspace(ctypes.byref(pair)) > 0
     for workspace in (None, x.data_ptr() + 4):
-        args.workspace = workspace
-        with pytest.raises(Failure, match=r"workspace is .* on a multiple of 16"):
-            emulated.call("activation_backward", args)
+        args.workspace = pair.workspace = workspace
+        for function, arguments in (("activation_backward", args), ("scale_pair_backward", pair)):
+            with pytest.raises(Failure, match=r"workspace is .* on a multiple of 16"):
+                emulated.call(function, arguments)

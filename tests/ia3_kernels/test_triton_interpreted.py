@@ -16,14 +16,14 @@ from torch import Tensor
 
 import ia3_kernels as kernels
 from ia3_kernels import matmul, reference
-from ia3_kernels.backends import activations
+from ia3_kernels.backends.triton import BACKEND
 from ia3_kernels.chunks import chunks_by_adapter
-from ia3_kernels.triton import activation, linear, weight
+from ia3_kernels.triton import activation, linear, scale_pair, weight
 from ia3_kernels.tuning import ActivationLaunch, Architecture, LinearLaunch
 
 from .helpers import DTYPES, assert_accurate, error, poison_new_memory
 
-OPERATORS: Any = activations.operators(activation.forward, activation.backward)
+OPERATORS: Any = BACKEND.operators
 
 # One multiprocessor: a program walks over several tiles.
 SMALL = Architecture("cuda", 80, 1)
@@ -278,6 +278,54 @@ def test_derivatives_far_out_are_exact_to_a_few_roundings(name: str) -> None:
     assert torch.all((slope.double() - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs().clamp_min(1.0))
 
 
+# --- one input for two layers ------------------------------------------------------------------------------------
+
+
+def _pair(rows: int, cols: int, dtype: torch.dtype) -> list[Tensor]:
+    """What the backward of scale_pair takes: two gradients, the input, two scales."""
+    matrices = [_surrounded(torch.randn(rows, cols).to(dtype)) for _ in range(3)]
+    return [*matrices, _between(torch.randn(cols)), _between(torch.randn(cols))]
+
+
+@pytest.mark.parametrize("launch", [None, (1, 8, 1), (4, 16, 4), (2, 16, 8), (16, 64, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pair_in_every_tile(launch: tuple[int, int, int] | None, dtype: torch.dtype) -> None:
+    tiles = None if launch is None else ActivationLaunch(*launch, num_warps=4)
+    for shape in ((13, 21), (1, 1), (40, 130)):
+        arguments = _pair(*shape, dtype)
+        results = scale_pair.forward(*arguments[2:], launch=tiles)
+        # One product and one rounding: there is only one right result.
+        assert all(map(torch.equal, results, reference.scale_pair(*arguments[2:])))
+
+        def backward(*args: Any) -> tuple[Tensor, ...]:
+            return scale_pair.backward(*args, launch=tiles)
+
+        assert_accurate(backward, "scale_pair_backward", *arguments, [True] * 3)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
+def test_the_backward_of_a_pair_gives_what_is_wanted_and_no_more(wanted: tuple[bool, bool, bool]) -> None:
+    arguments = _pair(40, 12, torch.float32)
+    whole = scale_pair.backward(*arguments, [True] * 3)
+    for result, other, is_wanted in zip(scale_pair.backward(*arguments, wanted), whole, wanted, strict=True):
+        assert torch.equal(result, other) if is_wanted else not result.numel()
+
+
+def test_a_pair_of_shapes_strides_and_dtypes_that_differ() -> None:
+    da, db, x = (torch.randn(3, 20, 4).bfloat16().transpose(1, 2) for _ in range(3))
+    first, second = torch.randn(40)[::2], torch.randn(20).bfloat16()
+    assert_accurate(scale_pair.forward, "scale_pair", x, first, second)
+    results = scale_pair.backward(da, db, x, first, second, [True] * 3)
+    assert [result.dtype for result in results] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert_accurate(lambda *_: results, "scale_pair_backward", da, db, x, first, second, [True] * 3)
+    for shape in ((0, 20), (3, 0, 20), (4, 0)):
+        empty, scale = torch.empty(shape), torch.randn(shape[-1])
+        assert scale_pair.forward(empty, scale, scale)[1].shape == shape
+        dx, *sums = scale_pair.backward(empty, empty, empty, scale, scale, [True] * 3)
+        assert dx.shape == shape
+        assert all(torch.equal(ds, torch.zeros_like(scale)) for ds in sums)
+
+
 # --- the same bits -----------------------------------------------------------------------------------------------
 
 
@@ -293,6 +341,7 @@ def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
             OPERATORS["gated_activation"](gate, up, scale, "silu", index),
             *OPERATORS["gated_activation_backward"](dh, gate, up, scale, "silu", index, [True] * 3),
             *OPERATORS["gated_activation_backward"](dh, gate, up, scale[0], "silu", None, [True] * 3),
+            *scale_pair.backward(dh, gate, up, scale[0], scale[1], [True] * 3),
         ]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -326,6 +375,10 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
         same(lambda t, a=arguments: OPERATORS["gated_activation_backward"](t, *others, *a, [True] * 3))
         same(lambda t, a=arguments: OPERATORS["gated_activation_backward"](others[0], t, others[1], *a, [True] * 3))
         same(lambda t, a=arguments: OPERATORS["gated_activation_backward"](*others, t, *a, [True] * 3))
+    same(lambda t: scale_pair.forward(t, scale, scale))
+    same(lambda t: scale_pair.backward(t, *others, scale, scale, [True] * 3))
+    same(lambda t: scale_pair.backward(others[0], t, others[1], scale, scale, [True] * 3))
+    same(lambda t: scale_pair.backward(*others, t, scale, scale, [True] * 3))
     for launch in (LAUNCHES["uneven tiles"], LAUNCHES["K in 2"]):
         same(lambda t, n=launch: _linear(n)(t, others[0]))
         same(lambda t, n=launch: _linear(n)(others[0], t))

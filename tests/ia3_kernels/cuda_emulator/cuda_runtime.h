@@ -29,9 +29,6 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -64,13 +61,11 @@ inline void check_alignment(const void* pointer, size_t size) {
 
 // --- a block ------------------------------------------------------------------------------------------------------
 
-enum class Waits { kNothing, kWarp, kBlock, kDone };
+enum class Waits { kNothing, kBlock, kDone };
 
 struct Thread {
   dim3 index;
   Waits waits;
-  float payload[2][6];  // what it shows to its warp, in turns
-  int turn;
 };
 
 inline std::vector<Thread> threads;
@@ -99,12 +94,11 @@ inline void* shared(const void* name, size_t size) {
   return shared_places.back();
 }
 
-// Lets those of [first, last) go on that wait for each other, if all do. Whether any went on.
-inline bool release(int first, int last, Waits what) {
-  int waiting = 0;
-  for (int i = first; i < last; ++i) waiting += threads[size_t(i)].waits == what;
-  if (waiting != last - first) return false;
-  for (int i = first; i < last; ++i) threads[size_t(i)].waits = Waits::kNothing;
+// Lets the threads go on that wait for each other, if all do. Whether any went on.
+inline bool release() {
+  for (const Thread& thread : threads)
+    if (thread.waits != Waits::kBlock) return false;
+  for (Thread& thread : threads) thread.waits = Waits::kNothing;
   return true;
 }
 
@@ -117,7 +111,7 @@ inline void run_block(void (*body)(const void*), const void* argument, std::mins
   threads.resize(size_t(count));
   for (int i = 0; i < count; ++i) {
     const unsigned x = unsigned(i) % blockDim.x, rest = unsigned(i) / blockDim.x;
-    threads[size_t(i)] = {dim3(x, rest % blockDim.y, rest / blockDim.y), Waits::kNothing, {}, 0};
+    threads[size_t(i)] = {dim3(x, rest % blockDim.y, rest / blockDim.y), Waits::kNothing};
     fibers::start(i, body, argument, [] { self().waits = Waits::kDone; });
   }
   std::vector<int> order(static_cast<size_t>(warps));
@@ -127,18 +121,16 @@ inline void run_block(void (*body)(const void*), const void* argument, std::mins
     if (order_seed != 0) std::shuffle(order.begin(), order.end(), random);
     for (const int warp : order) {
       const int first = warp * kWarp, last = std::min(first + kWarp, count);
-      do {
-        for (int i = first; i < last; ++i) {
-          if (threads[size_t(i)].waits != Waits::kNothing) continue;
-          current = i;
-          threadIdx = threads[size_t(i)].index;
-          fibers::resume(i);
-          went_on = true;
-          done += threads[size_t(i)].waits == Waits::kDone;
-        }
-      } while (release(first, last, Waits::kWarp));
+      for (int i = first; i < last; ++i) {
+        if (threads[size_t(i)].waits != Waits::kNothing) continue;
+        current = i;
+        threadIdx = threads[size_t(i)].index;
+        fibers::resume(i);
+        went_on = true;
+        done += threads[size_t(i)].waits == Waits::kDone;
+      }
     }
-    if (!release(0, count, Waits::kBlock) && !went_on) stop("the threads of a block wait at different places");
+    if (!release() && !went_on) stop("the threads of a block wait at different places");
   }
 }
 
@@ -177,44 +169,6 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, dim3 block, const void* argu
   return cudaSuccess;
 }
 
-// --- what warps do together ---------------------------------------------------------------------------------------
-
-// Every lane shows `count` values and, when all have, reads those of others with `read(lane, i)`. Two turns alternate,
-// so that nobody shows new values where others still read.
-template <typename Read>
-void exchange(const float* values, int count, Read read) {
-  const int turn = self().turn ^= 1;
-  std::copy(values, values + count, self().payload[turn]);
-  wait(Waits::kWarp);
-  const int first = current / kWarp * kWarp;
-  read([first, turn](int lane, int i) { return threads[size_t(first + lane)].payload[turn][i]; });
-}
-
-// The fragments of mma.m16n8k16, as the PTX manual lays them out
-template <typename T>
-void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  float shown[6];
-  std::memcpy(shown, a, sizeof(a));
-  std::memcpy(shown + 4, b, sizeof(b));
-  const auto half = [](float word, int which) {
-    uint32_t bits;
-    std::memcpy(&bits, &word, sizeof(bits));
-    return to_float(T{uint16_t(bits >> (16 * which))});
-  };
-  exchange(shown, 6, [&](auto read) {
-    const int lane = current % kWarp;
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; ++k) {
-        // a: row % 8 * 4 + k / 2 % 4 is the lane, row / 8 + k / 8 * 2 the register; b likewise, by column
-        const float left = half(read(row % 8 * 4 + k / 2 % 4, row / 8 + k / 8 * 2), k % 2);
-        const float right = half(read(column * 4 + k / 2 % 4, 4 + k / 8), k % 2);
-        d[i] += left * right;
-      }
-    }
-  });
-}
-
 }  // namespace emulator
 
 #define IA3_SHARED(type, name) \
@@ -223,12 +177,6 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 
 inline void __syncthreads() { emulator::wait(emulator::Waits::kBlock); }
 inline void __threadfence() {}
-
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  float result = 0.0f;
-  emulator::exchange(&value, 1, [&](auto read) { result = read((emulator::current % emulator::kWarp) ^ mask, 0); });
-  return result;
-}
 
 inline unsigned atomicAdd(unsigned* place, unsigned value) {
   const unsigned before = *place;
