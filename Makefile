@@ -23,7 +23,7 @@ $(READY): $(VENV)/.installed $(NATIVE_INPUTS)
 build: $(READY)
 
 # Triton decides when it is imported whether it interprets its kernels, so these run once more, in their own process.
-INTERPRETED := $(patsubst %,tests/ia3_kernels/test_%.py,triton_interpreted operators gradients contract)
+INTERPRETED := $(patsubst %,tests/ia3_kernels/test_%.py,triton_interpreted operators gradients mlp contract)
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest

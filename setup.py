@@ -30,6 +30,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(next(build.glob("_C.*")), target)
+        for library in build.glob("libia3_cuda.*"):  # where there are CUDA kernels to build
+            shutil.copy2(library, target.parent)
 
 
 def extensions() -> list[Extension]:

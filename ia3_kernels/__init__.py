@@ -1,9 +1,9 @@
 """Fused kernels for (IA)³: learned vectors that rescale a frozen transformer's activations.
 
-Four operators, each differentiable, traceable by ``torch.compile`` and also registered as ``torch.ops.ia3.*``. Shapes:
-``K`` = in_features, ``N`` = out_features, ``I`` = intermediate size, ``A`` = adapters, ``*`` = any batch shape. Scales
-are vectors, or ``[A, n]`` matrices together with an int32 ``adapter_index`` of shape ``[*]`` that picks a row for every
-position (``-1``: no scaling). Arithmetic on scales is fp32, with one rounding at the end.
+Six operators, each differentiable, traceable by ``torch.compile`` and also registered as ``torch.ops.ia3.*``. Shapes:
+``K`` = in_features, ``N`` = out_features, ``H`` = hidden size, ``I`` = intermediate size, ``A`` = adapters, ``*`` = any
+batch shape. Scales are vectors, or ``[A, n]`` matrices together with an int32 ``adapter_index`` of shape ``[*]`` that
+picks a row for every position (``-1``: no scaling). Arithmetic on scales is fp32, with one rounding at the end.
 
 Beside them, ``merge_``, ``unmerge_`` and ``swap_`` put a scale into a weight in place and take it out again to the bit.
 
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd as _autograd  # registers the gradients
-from . import backends, reference, target
+from . import autograd as _autograd  # registers the gradients where there is no native library
+from . import backends, formulas, reference, target
 from .backends import Choice, explain
 from .exact import Residual, merge_, stays_finite, swap_, unmerge_
-from .schemas import ACTIVATIONS
+from .schemas import ACTIVATIONS, check_out
 
 del _autograd
 
@@ -34,7 +34,9 @@ __all__ = [
     "backends",
     "explain",
     "gated_activation",
+    "gated_mlp",
     "merge_",
+    "mlp",
     "reference",
     "scale_weight_",
     "scaled_activation",
@@ -47,11 +49,9 @@ __all__ = [
 
 _ops: Any = torch.ops.ia3
 _library = target.native_library()
-# The native library's short cut past the dispatcher; it returns None wherever the dispatcher has work to do (gradients,
-# autocast, modes, subclasses, other devices or dtypes), so that calling it first is always right.
-_direct = (
-    _library.direct if isinstance(_library, ModuleType) and target.requested_backend() in ("auto", "native") else None
-)
+# The native library's way into the operators: torch.ops' without its costs. It answers None for what only torch.ops can
+# do (tensor subclasses, torch function modes), so that calling it first is always right.
+_fast = _library.fast if isinstance(_library, ModuleType) else None
 
 
 def scaled_linear(
@@ -62,7 +62,7 @@ def scaled_linear(
     output_scale: Tensor | None = None,
     adapter_index: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer with learned vectors: ``((x ∘ input_scale) @ weight.T + bias) ∘ output_scale``.
+    """Compute a linear layer with learned vectors: ``((x ∘ input_scale) @ weight.T + bias) ∘ output_scale``.
 
     Args:
         x: ``[*, K]``, fp32, bf16, fp16 (fp64 in the reference).
@@ -79,10 +79,14 @@ def scaled_linear(
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
-    y: Tensor | None = None
-    if _direct is not None and not torch.compiler.is_compiling():
-        y = _direct.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
-    return _ops.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index) if y is None else y
+    if torch.compiler.is_compiling():
+        if formulas.applies("scaled_linear", x):
+            return formulas.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
+    elif _fast is not None:
+        y: Tensor | None = _fast.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
+        if y is not None:
+            return y
+    return _ops.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)  # type: ignore[no-any-return]
 
 
 def gated_activation(
@@ -91,8 +95,9 @@ def gated_activation(
     scale: Tensor | None = None,
     activation: str = "silu",
     adapter_index: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The hidden state of a gated MLP, scaled on its way into the down projection: ``act(gate) ∘ up ∘ scale``.
+    """Compute the hidden state of a gated MLP, scaled for the down projection: ``act(gate) ∘ up ∘ scale``.
 
     Args:
         gate, up: ``[*, I]``, same shape and dtype (fp32, bf16, fp16; fp64 in the reference). Rows may be strided.
@@ -100,6 +105,8 @@ def gated_activation(
         activation: one of ``ACTIVATIONS``; ``gelu`` is the exact erf form, ``gelu_tanh`` its tanh approximation, and
             ``relu2`` the squared ReLU.
         adapter_index: ``[*]`` int32 with a two-dimensional scale, else None.
+        out: a contiguous tensor of the result's shape and dtype that is written and returned, where no gradient is
+            asked for.
 
     Returns:
         ``[*, I]`` of gate's dtype, contiguous. Backward keeps gate and up alone.
@@ -108,22 +115,36 @@ def gated_activation(
         RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument.
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
-    h: Tensor | None = None
-    if _direct is not None and not torch.compiler.is_compiling():
-        h = _direct.gated_activation(gate, up, scale, activation, adapter_index)
-    return _ops.gated_activation(gate, up, scale, activation, adapter_index) if h is None else h
+    if torch.compiler.is_compiling():
+        if formulas.applies("gated_activation", gate):
+            h = formulas.gated_activation(gate, up, scale, activation, adapter_index)
+            return h if out is None else out.copy_(h)
+    elif out is not None:
+        return _activation_into(out, gate, up, scale, activation, adapter_index)
+    elif _fast is not None:
+        h = _fast.gated_activation(gate, up, scale, activation, adapter_index)
+        if h is not None:
+            return h  # type: ignore[no-any-return]
+    h = _ops.gated_activation(gate, up, scale, activation, adapter_index)
+    return h if out is None else out.copy_(h)
 
 
 def scaled_activation(
-    x: Tensor, scale: Tensor | None = None, activation: str = "silu", adapter_index: Tensor | None = None
+    x: Tensor,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    adapter_index: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The hidden state of a plain MLP, scaled on its way into the second layer: ``act(x) ∘ scale``.
+    """Compute the hidden state of a plain MLP, scaled for the second layer: ``act(x) ∘ scale``.
 
     Args:
         x: ``[*, I]``, fp32, bf16, fp16 (fp64 in the reference). Rows may be strided.
         scale: ``[I]`` or ``[A, I]``, any floating dtype, or None.
         activation: one of ``ACTIVATIONS``.
         adapter_index: ``[*]`` int32 with a two-dimensional scale, else None.
+        out: a contiguous tensor of the result's shape and dtype that is written and returned, where no gradient is
+            asked for.
 
     Returns:
         ``[*, I]`` of x's dtype, contiguous, never x itself. Backward keeps x alone.
@@ -132,10 +153,18 @@ def scaled_activation(
         RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument.
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
-    h: Tensor | None = None
-    if _direct is not None and not torch.compiler.is_compiling():
-        h = _direct.scaled_activation(x, scale, activation, adapter_index)
-    return _ops.scaled_activation(x, scale, activation, adapter_index) if h is None else h
+    if torch.compiler.is_compiling():
+        if formulas.applies("scaled_activation", x):
+            h = formulas.scaled_activation(x, scale, activation, adapter_index)
+            return h if out is None else out.copy_(h)
+    elif out is not None:
+        return _activation_into(out, x, None, scale, activation, adapter_index)
+    elif _fast is not None:
+        h = _fast.scaled_activation(x, scale, activation, adapter_index)
+        if h is not None:
+            return h  # type: ignore[no-any-return]
+    h = _ops.scaled_activation(x, scale, activation, adapter_index)
+    return h if out is None else out.copy_(h)
 
 
 def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
@@ -152,6 +181,103 @@ def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or a gradient would have to flow through the write.
     """
-    if _direct is None or torch.compiler.is_compiling() or not _direct.scale_weight_(weight, scale, dim):
+    if torch.compiler.is_compiling() or _fast is None or _fast.scale_weight_(weight, scale, dim) is None:
         _ops.scale_weight_(weight, scale, dim)
     return weight
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
+    """Compute a gated feed-forward block: ``(act((x ∘ s_g) @ Wg.T) ∘ ((x ∘ s_u) @ Wu.T) ∘ scale) @ Wd.T``.
+
+    One autograd node, for frozen weights: the second matmul sums the gradient with respect to x, and no kernel behind
+    it. Weights that require gradients get them, from the operators of which the block is made.
+
+    Args:
+        x: ``[*, H]``, fp32, bf16, fp16 (fp64 in the reference).
+        gate_weight, up_weight: ``[I, H]`` of x's dtype, any strides.
+        down_weight: ``[N, I]`` of x's dtype, any strides.
+        scale: ``[I]``, any floating dtype, or None.
+        activation: one of ``ACTIVATIONS``.
+        gate_scale, up_scale: ``[H]``, any floating dtype, or None: what x is multiplied by for gate and for up.
+
+    Returns:
+        ``[*, N]`` of x's dtype, contiguous. Backward keeps gate and up, and with scales of the inputs x.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument.
+    """
+    if torch.compiler.is_compiling():
+        gate = scaled_linear(x, gate_weight, None, gate_scale)
+        up = scaled_linear(x, up_weight, None, up_scale)
+        return scaled_linear(gated_activation(gate, up, scale, activation), down_weight)
+    if _fast is not None:
+        y = _fast.gated_mlp(x, gate_weight, up_weight, down_weight, scale, activation, gate_scale, up_scale)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
+    return _ops.gated_mlp(  # type: ignore[no-any-return]
+        x, gate_weight, up_weight, down_weight, scale, activation, gate_scale, up_scale
+    )
+
+
+def mlp(
+    x: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    scale: Tensor | None = None,
+    activation: str = "gelu",
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Compute a plain feed-forward block: ``(act(x @ Wu.T + up_bias) ∘ scale) @ Wd.T + down_bias``.
+
+    One autograd node, for frozen weights and biases; those that require gradients get them.
+
+    Args:
+        x: ``[*, H]``, fp32, bf16, fp16 (fp64 in the reference).
+        up_weight: ``[I, H]`` of x's dtype, any strides; up_bias: ``[I]`` or None.
+        down_weight: ``[N, I]`` of x's dtype, any strides; down_bias: ``[N]`` or None.
+        scale: ``[I]``, any floating dtype, or None.
+        activation: one of ``ACTIVATIONS``.
+
+    Returns:
+        ``[*, N]`` of x's dtype, contiguous. Backward keeps the activation's input alone.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument.
+    """
+    if torch.compiler.is_compiling():
+        hidden = scaled_activation(scaled_linear(x, up_weight, up_bias), scale, activation)
+        return scaled_linear(hidden, down_weight, down_bias)
+    if _fast is not None:
+        y = _fast.mlp(x, up_weight, down_weight, scale, activation, up_bias, down_bias)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
+    return _ops.mlp(x, up_weight, down_weight, scale, activation, up_bias, down_bias)  # type: ignore[no-any-return]
+
+
+def _activation_into(
+    out: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    adapter_index: Tensor | None,
+) -> Tensor:
+    """Write an activation into memory that the caller has."""
+    check_out("scaled_activation" if up is None else "gated_activation", out, gate)
+    if isinstance(_library, ModuleType):
+        _library.activation_into(gate, up, scale, activation, adapter_index, out)
+    elif up is None:
+        out.copy_(_ops.scaled_activation(gate, scale, activation, adapter_index))
+    else:
+        out.copy_(_ops.gated_activation(gate, up, scale, activation, adapter_index))
+    return out

@@ -1,7 +1,6 @@
-"""``scaled_linear`` on a GPU: the library's product with a pass over its output, our Triton kernel, or our CUDA one.
+"""``scaled_linear`` of the Triton backend: the library's product with a pass over its output, or a Triton kernel.
 
-:func:`ia3_kernels.measured.linear_route` says which. The pass is of the backend that was chosen, so it comes as an
-argument.
+:func:`ia3_kernels.measured.linear_route` says which. What the CUDA backend does is in ``csrc/torch/cuda.cpp``.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import cuda, measured, target
-from .schemas import check_scaled_linear
+from . import measured, target
 from .tuning import linear_launch
 
 
@@ -61,26 +59,36 @@ def scaled_linear(
     output_scale: Tensor | None = None,
     adapter_index: Tensor | None = None,
 ) -> Tensor:
-    """The operator, by the route that was measured to be the fastest for its shape, or asked for by name."""
-    check_scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
-    index = x.device.index
-    rows = x.numel() // max(x.shape[-1], 1)
-    outputs, inputs = weight.shape
-    route = measured.linear_route(index, rows, outputs, inputs, x.dtype, weight.stride(1) != 1)
-    if route.name == "triton":
-        from .triton import linear  # Triton may be missing where other routes run
-
-        # Measured with an output scale alone; the others need registers and shared memory for more.
-        launch = route.launch if input_scale is None and adapter_index is None else None
-        architecture = target.architecture(index)
-        return linear.matmul(
-            x, weight, bias, input_scale, output_scale, adapter_index, architecture=architecture, launch=launch
-        )
-    if route.name == "cuda":
-        y = cuda.matmul(x, weight, bias, input_scale, output_scale, adapter_index, route.tile)
-        if y is not None:
-            return y
+    """Run the operator by the route that was measured to be the fastest for its shape, or asked for by name."""
+    if input_scale is not None or output_scale is not None:
+        route = _route(x, weight)
+        if route.name == "triton":
+            return by_triton(x, weight, bias, input_scale, output_scale, adapter_index)
     return library(scale_rows, x, weight, bias, input_scale, output_scale, adapter_index)
+
+
+def by_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    output_scale: Tensor | None,
+    adapter_index: Tensor | None,
+) -> Tensor:
+    """Run the operator in the Triton kernel, with the launch that was measured for its shape."""
+    from .triton import linear  # Triton may be missing where other routes run
+
+    # Measured with an output scale alone; the others need registers and shared memory for more.
+    launch = _route(x, weight).launch if input_scale is None and adapter_index is None else None
+    architecture = target.architecture(x.device.index)
+    return linear.matmul(
+        x, weight, bias, input_scale, output_scale, adapter_index, architecture=architecture, launch=launch
+    )
+
+
+def _route(x: Tensor, weight: Tensor) -> measured.Route:
+    rows, (outputs, inputs) = x.numel() // max(x.shape[-1], 1), weight.shape
+    return measured.linear_route(x.device.index, rows, outputs, inputs, x.dtype, weight.stride(1) != 1)
 
 
 def describe(device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import exact_reference
-from .schemas import check_activation, check_scale_weight_, check_scaled_linear
+from .schemas import check_activation, check_bounds, check_scale_weight_, check_scaled_linear
 
 # --- activations and their derivatives ---------------------------------------------------------------------------
 
@@ -33,6 +33,11 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
 }
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply an activation by its name."""
+    return _ACTIVATIONS[activation][0](x)
+
+
 # --- helpers -----------------------------------------------------------------------------------------------------
 
 
@@ -44,16 +49,10 @@ def _rows_of_scale(scale: Tensor, adapter_index: Tensor | None, dtype: torch.dty
     """The scale as it multiplies the rows: ``[n]``, or gathered to ``[*, n]`` with ones where the index is -1."""
     scale = scale.to(dtype)
     if adapter_index is None:
-        return scale
+        return scale.reshape(-1)
     adapters = scale.shape[0]
     # An async assert cannot be a sentence, so the bounds are only read on the host where that costs no synchronization.
-    if adapter_index.device.type == "cpu" and adapter_index.numel():
-        low, high = int(adapter_index.min()), int(adapter_index.max())
-        if low < -1 or high >= adapters:
-            raise IndexError(
-                f"adapter_index holds {low if low < -1 else high}; expected -1 (no adapter) to {adapters - 1}, "
-                f"since the scale has {adapters} rows."
-            )
+    check_bounds(adapter_index, adapters)
     ones = scale.new_ones(1, scale.shape[1])
     return (
         torch.cat([scale, ones])
@@ -66,7 +65,7 @@ def _reduce_scale_gradient(product: Tensor, scale: Tensor, adapter_index: Tensor
     """Sum ``product [*, n]`` over the rows that used each scale; ``[n]`` or ``[A, n]`` in the scale's dtype."""
     rows = product.reshape(math.prod(product.shape[:-1]), product.shape[-1])
     if adapter_index is None:
-        return rows.sum(0).to(scale.dtype)
+        return rows.sum(0).to(scale.dtype).view(scale.shape)
     # A one-hot matmul instead of index_add: no atomics, so the same bits on every device and run.
     chosen = adapter_index.reshape(-1, 1) == torch.arange(scale.shape[0], device=scale.device, dtype=torch.int32)
     return (chosen.to(rows.dtype).t() @ rows).to(scale.dtype)
@@ -123,11 +122,19 @@ def scaled_activation(
     return h.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
+def scale_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _compute_dtype(x.dtype)
+    wide = x.to(dtype)
+    # a = x ∘ s_a ; b = x ∘ s_b
+    a, b = ((wide * scale.to(dtype).reshape(-1)).to(x.dtype).contiguous() for scale in (first, second))
+    return a, b
+
+
 def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
     check_scale_weight_(weight, scale, dim)
     dtype = _compute_dtype(weight.dtype)
     # W ← diag(s) W (dim 0) or W diag(s) (dim 1)
-    factor = scale.to(dtype).unsqueeze(1 - dim)
+    factor = scale.to(dtype).reshape(-1).unsqueeze(1 - dim)
     weight.copy_(weight.to(dtype) * factor)
 
 
@@ -177,12 +184,29 @@ def scaled_activation_backward(
     return grad_x, x.new_empty(0) if scale is None else scale.new_empty(0)
 
 
+def scale_pair_backward(
+    grad_first: Tensor, grad_second: Tensor, x: Tensor, first: Tensor, second: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(x.dtype)
+    da, db = grad_first.to(dtype), grad_second.to(dtype)
+    wants_x, wants_first, wants_second = output_mask
+    # dx = da ∘ s_a + db ∘ s_b ; ds_a = Σ da ∘ x ; ds_b = Σ db ∘ x
+    s_a, s_b = (scale.to(dtype).reshape(-1) for scale in (first, second))
+    grad_x = (da * s_a + db * s_b).to(x.dtype) if wants_x else x.new_empty(0)
+    wide = x.to(dtype)
+    grad_a = _reduce_scale_gradient(da * wide, first, None) if wants_first else first.new_empty(0)
+    grad_b = _reduce_scale_gradient(db * wide, second, None) if wants_second else second.new_empty(0)
+    return grad_x, grad_a, grad_b
+
+
 OPERATORS: dict[str, Callable[..., object]] = {
     "scaled_linear": scaled_linear,
     "gated_activation": gated_activation,
     "scaled_activation": scaled_activation,
+    "scale_pair": scale_pair,
     "scale_weight_": scale_weight_,
     **exact_reference.OPERATORS,
     "gated_activation_backward": gated_activation_backward,
     "scaled_activation_backward": scaled_activation_backward,
+    "scale_pair_backward": scale_pair_backward,
 }

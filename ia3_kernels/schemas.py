@@ -7,7 +7,8 @@ with an int32 ``adapter_index`` of shape ``[*]``, in which ``-1`` selects no ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ SCHEMAS = {
     "gated_activation": '(Tensor gate, Tensor up, Tensor? scale=None, str activation="silu", '
     "Tensor? adapter_index=None) -> Tensor",
     "scaled_activation": '(Tensor x, Tensor? scale=None, str activation="silu", Tensor? adapter_index=None) -> Tensor',
+    # A feed-forward block of frozen weights: act(x Wgᵀ) ∘ (x Wuᵀ) ∘ s through Wd, or act(x Wuᵀ + b) ∘ s through Wd + c.
+    # gate_scale, up_scale [H]: what the block's input is multiplied by on its way into gate and up.
+    "gated_mlp": "(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight, Tensor? scale=None, "
+    'str activation="silu", Tensor? gate_scale=None, Tensor? up_scale=None) -> Tensor',
+    "mlp": '(Tensor x, Tensor up_weight, Tensor down_weight, Tensor? scale=None, str activation="silu", '
+    "Tensor? up_bias=None, Tensor? down_bias=None) -> Tensor",
     "scale_weight_": "(Tensor(a!) weight, Tensor scale, int dim) -> ()",
     # Scaling that can be undone. The weight is a matrix as it lies in memory, [rows, cols] with adjacent columns, and
     # the scale is [rows] (dim 0) or [groups, cols] (dim 1: each group of rows has its own). Results: parity, and the
@@ -32,18 +39,38 @@ SCHEMAS = {
     "swap_exact_": "(Tensor(a!) weight, Tensor old_scale, Tensor new_scale, int dim, Tensor(b!) parity, "
     "Tensor positions, Tensor bits) -> (Tensor, Tensor)",
     "stays_finite": "(Tensor weight, Tensor scale, int dim) -> Tensor",
+    # What gradients are computed with. scaled_linear and its product before output_scale; x ∘ first and x ∘ second.
+    "scaled_linear_product": "(Tensor x, Tensor weight, Tensor? bias, Tensor? input_scale, Tensor output_scale, "
+    "Tensor? adapter_index) -> (Tensor, Tensor)",
+    "scale_pair": "(Tensor x, Tensor first, Tensor second) -> (Tensor, Tensor)",
     # Backward passes. A result whose `output_mask` entry is False comes back as an empty tensor.
     "gated_activation_backward": "(Tensor grad, Tensor gate, Tensor up, Tensor? scale, str activation, "
     "Tensor? adapter_index, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     "scaled_activation_backward": "(Tensor grad, Tensor x, Tensor? scale, str activation, "
     "Tensor? adapter_index, bool[2] output_mask) -> (Tensor, Tensor)",
+    "scale_pair_backward": "(Tensor grad_first, Tensor grad_second, Tensor x, Tensor first, Tensor second, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
 }
+
+# Merging that can be undone; registered in Python, since milliseconds of work hide what that costs.
+EXACT = ("merge_exact_", "unmerge_exact_", "swap_exact_", "stays_finite")
+# What csrc/torch registers, with its gradients, where there is a native library.
+COMPILED = tuple(name for name in SCHEMAS if name not in EXACT)
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 # --- argument checks ---------------------------------------------------------------------------------------------
+#
+# The sentences of every way of a call. The native library asks its own short questions (csrc/torch/checks.cpp), and
+# comes here for the words; without it, and for traced shapes, these functions do both.
+
+
+def _check(condition: bool, sentence: Callable[[], str]) -> None:
+    """Raise RuntimeError with the sentence unless the condition holds: ``torch._check`` cannot be traced with words."""
+    if not condition:
+        raise RuntimeError(sentence())
 
 
 def _shape(tensor: Tensor) -> list[int]:
@@ -51,25 +78,25 @@ def _shape(tensor: Tensor) -> list[int]:
 
 
 def _check_dtype(op: str, name: str, tensor: Tensor) -> None:
-    torch._check(
+    _check(
         tensor.dtype in DTYPES,
         lambda: f"{op}: {name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}.",
     )
 
 
 def _check_same(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    torch._check(
+    _check(
         tensor.dtype == like.dtype,
         lambda: f"{op}: {name} has dtype {tensor.dtype}, but {like_name} has {like.dtype}; convert one of them.",
     )
-    torch._check(
+    _check(
         tensor.device == like.device,
         lambda: f"{op}: {name} is on {tensor.device}, but {like_name} is on {like.device}; move one of them.",
     )
 
 
 def _check_activation(op: str, activation: str) -> None:
-    torch._check(
+    _check(
         activation in ACTIVATIONS,
         lambda: f"{op}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}.",
     )
@@ -78,23 +105,23 @@ def _check_activation(op: str, activation: str) -> None:
 def _check_scale(op: str, name: str, scale: Tensor | None, size: int, x: Tensor, adapter_index: Tensor | None) -> None:
     if scale is None:
         return
-    torch._check(
-        scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype."
-    )
-    torch._check(
+    _check(scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype.")
+    _check(
         scale.device == x.device,
         lambda: f"{op}: {name} is on {scale.device}, but the input is on {x.device}; move one of them.",
     )
     if adapter_index is None:
-        torch._check(
-            scale.dim() == 1 and scale.shape[0] == size,
+        # PEFT's shapes, [n, 1] and [1, n], are vectors too.
+        is_vector = scale.dim() == 1 or (scale.dim() == 2 and 1 in scale.shape and scale.is_contiguous())
+        _check(
+            is_vector and scale.numel() == size,
             lambda: (
                 f"{op}: {name} has shape {_shape(scale)}; expected [{size}] "
                 "(a two-dimensional scale also needs adapter_index)."
             ),
         )
     else:
-        torch._check(
+        _check(
             scale.dim() == 2 and scale.shape[1] == size,
             lambda: (
                 f"{op}: {name} has shape {_shape(scale)}; expected [adapters, {size}] because adapter_index is given."
@@ -105,20 +132,18 @@ def _check_scale(op: str, name: str, scale: Tensor | None, size: int, x: Tensor,
 def _check_index(op: str, adapter_index: Tensor | None, x: Tensor, scales: Sequence[Tensor | None]) -> None:
     if adapter_index is None:
         return
-    torch._check(
-        any(scale is not None for scale in scales), lambda: f"{op}: adapter_index is given, but no scale to index."
-    )
-    torch._check(
+    _check(any(scale is not None for scale in scales), lambda: f"{op}: adapter_index is given, but no scale to index.")
+    _check(
         adapter_index.dtype == torch.int32,
         lambda: f"{op}: adapter_index has dtype {adapter_index.dtype}; expected torch.int32.",
     )
-    torch._check(
+    _check(
         adapter_index.shape == x.shape[:-1],
         lambda: (
             f"{op}: adapter_index has shape {_shape(adapter_index)}; expected the input's batch shape {_shape(x)[:-1]}."
         ),
     )
-    torch._check(
+    _check(
         adapter_index.device == x.device,
         lambda: f"{op}: adapter_index is on {adapter_index.device}, but the input is on {x.device}; move one of them.",
     )
@@ -135,9 +160,9 @@ def check_scaled_linear(
     """Raise a sentence unless the arguments of ``scaled_linear`` fit together."""
     op = "scaled_linear"
     _check_dtype(op, "x", x)
-    torch._check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [out, in].")
+    _check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [out, in].")
     _check_same(op, "weight", weight, "x", x)
-    torch._check(
+    _check(
         x.dim() >= 1 and x.shape[-1] == weight.shape[1],
         lambda: (
             f"{op}: x has shape {_shape(x)}, but weight has in_features {weight.shape[1]}; "
@@ -145,7 +170,7 @@ def check_scaled_linear(
         ),
     )
     if bias is not None:
-        torch._check(
+        _check(
             bias.dim() == 1 and bias.shape[0] == weight.shape[0],
             lambda: f"{op}: bias has shape {_shape(bias)}; expected [{weight.shape[0]}].",
         )
@@ -161,24 +186,75 @@ def check_activation(
     """Raise a sentence unless the arguments of ``gated_activation`` or ``scaled_activation`` fit together."""
     name = "x" if up is None else "gate"
     _check_dtype(op, name, x)
-    torch._check(x.dim() >= 1, lambda: f"{op}: {name} has no dimensions; expected at least one.")
+    _check(x.dim() >= 1, lambda: f"{op}: {name} has no dimensions; expected at least one.")
     _check_activation(op, activation)
     if up is not None:
-        torch._check(
-            up.shape == x.shape, lambda: f"{op}: up has shape {_shape(up)}, but gate has {_shape(x)}; expected equals."
+        _check(
+            up.shape == x.shape,
+            lambda: f"{op}: up has shape {_shape(up)}, but gate has {_shape(x)}; expected equal shapes.",
         )
         _check_same(op, "up", up, "gate", x)
     _check_scale(op, "scale", scale, x.shape[-1], x, adapter_index)
     _check_index(op, adapter_index, x, (scale,))
 
 
+def check_gradient(op: str, grad: Tensor, result: Tensor) -> None:
+    """Raise a sentence unless a gradient is of its result's shape, dtype and device."""
+    _check(
+        grad.shape == result.shape,
+        lambda: f"{op}: the gradient has shape {_shape(grad)}; expected the result's, {_shape(result)}.",
+    )
+    _check_same(op, "the gradient", grad, "the result", result)
+
+
+def check_bounds(adapter_index: Tensor, adapters: int) -> None:
+    """Raise IndexError for an index on the CPU that names no row of ``[adapters, n]`` and is not -1."""
+    if adapter_index.device.type != "cpu" or not adapter_index.numel():
+        return
+    low, high = int(adapter_index.min()), int(adapter_index.max())
+    if low < -1 or high >= adapters:
+        raise IndexError(
+            f"adapter_index holds {low if low < -1 else high}; expected -1 (no adapter) to {adapters - 1}, "
+            f"since the scale has {adapters} rows."
+        )
+
+
+def check_scale_pair(x: Tensor, first: Tensor, second: Tensor) -> None:
+    """Raise a sentence unless the arguments of ``scale_pair`` fit together."""
+    op = "scale_pair"
+    _check_dtype(op, "x", x)
+    _check(x.dim() >= 1, lambda: f"{op}: x has no dimensions; expected at least one.")
+    for name, scale in (("first", first), ("second", second)):
+        _check_scale(op, name, scale, x.shape[-1], x, None)
+
+
+def check_out(op: str, out: Tensor, like: Tensor) -> None:
+    """Raise a sentence unless a result can be written into ``out``."""
+    _check(
+        out.shape == like.shape and out.dtype == like.dtype and out.device == like.device and out.is_contiguous(),
+        lambda: (
+            f"{op}: out is {out.dtype} of shape {_shape(out)} and strides {list(out.stride())} on {out.device}; "
+            f"expected a contiguous {like.dtype} of shape {_shape(like)} on {like.device}."
+        ),
+    )
+    _check(
+        not torch.is_grad_enabled() or not (out.requires_grad or like.requires_grad),
+        lambda: f"{op}: out is given where a gradient is recorded; call it under torch.no_grad(), or without out.",
+    )
+
+
 def check_scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
     """Raise a sentence unless the arguments of ``scale_weight_`` fit together."""
     op = "scale_weight_"
     _check_dtype(op, "weight", weight)
-    torch._check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [out, in].")
-    torch._check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the rows) or 1 (scale the columns).")
+    _check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [out, in].")
+    _check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the rows) or 1 (scale the columns).")
     _check_scale(op, "scale", scale, weight.shape[dim], weight, None)
+
+
+def as_vector(scale: Tensor | None, adapter_index: Tensor | None = None) -> Tensor | None:
+    """Return a scale that all rows share as ``[n]``, whether it came so or as PEFT stores it."""
+    return scale if scale is None or scale.dim() == 1 or adapter_index is not None else scale.reshape(-1)
 
 
 def pattern_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -193,20 +269,18 @@ def parity_shape(weight: Tensor) -> tuple[int, int]:
 
 def _check_exact_scale(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> None:
     rows, cols = weight.shape
-    torch._check(
-        scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype."
-    )
-    torch._check(
+    _check(scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype.")
+    _check(
         scale.device == weight.device,
         lambda: f"{op}: {name} is on {scale.device}, but the weight is on {weight.device}; move one of them.",
     )
     if dim == 0:
-        torch._check(
+        _check(
             scale.dim() == 1 and scale.shape[0] == rows,
             lambda: f"{op}: {name} has shape {_shape(scale)}; expected [{rows}].",
         )
     else:
-        torch._check(
+        _check(
             scale.dim() == 2 and scale.shape[1] == cols and scale.shape[0] > 0 and rows % scale.shape[0] == 0,
             lambda: (
                 f"{op}: {name} has shape {_shape(scale)}; expected [groups, {cols}], with groups that divide {rows}."
@@ -217,34 +291,88 @@ def _check_exact_scale(op: str, name: str, weight: Tensor, scale: Tensor, dim: i
 def check_exact(op: str, weight: Tensor, dim: int, **scales: Tensor) -> None:
     """Raise a sentence unless the arguments of an exact scaling fit together."""
     _check_dtype(op, "weight", weight)
-    torch._check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [rows, cols].")
-    torch._check(
+    _check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [rows, cols].")
+    _check(
         weight.numel() == 0 or weight.shape[1] == 1 or weight.stride(1) == 1,
         lambda: (
             f"{op}: weight has strides {list(weight.stride())}; expected adjacent columns, so that rows are what lies "
             "together in memory."
         ),
     )
-    torch._check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the rows) or 1 (the columns).")
+    _check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the rows) or 1 (the columns).")
     for name, scale in scales.items():
         _check_exact_scale(op, name, weight, scale, dim)
+
+
+def _check_place(op: str, name: str, tensor: Tensor, weight: Tensor) -> None:
+    _check(
+        tensor.device == weight.device and tensor.is_contiguous(),
+        lambda: (
+            f"{op}: {name} is on {tensor.device} with strides {list(tensor.stride())}; "
+            f"expected a contiguous tensor on the weight's device, {weight.device}."
+        ),
+    )
 
 
 def check_residual(op: str, weight: Tensor, parity: Tensor, positions: Tensor, bits: Tensor) -> None:
     """Raise a sentence unless a residual's shapes and dtypes are those of the weight's."""
     shape = parity_shape(weight)
-    torch._check(
+    _check(
         parity.dtype == torch.uint8 and tuple(parity.shape) == shape,
         lambda: f"{op}: parity is {parity.dtype} of shape {_shape(parity)}; expected uint8 {list(shape)}, contiguous.",
     )
+    for name, tensor in (("parity", parity), ("positions", positions), ("bits", bits)):
+        _check_place(op, name, tensor, weight)
     pattern = pattern_dtype(weight.dtype)
-    torch._check(
+    _check(
         positions.dtype == torch.int64 and bits.dtype == pattern and bits.shape == positions.shape,
         lambda: (
             f"{op}: positions and bits are {positions.dtype} and {bits.dtype} of shapes {_shape(positions)} and "
             f"{_shape(bits)}; expected int64 and {pattern} of one length."
         ),
     )
+
+
+def check_arguments(op: str, *args: Any) -> None:
+    """Raise a sentence unless the positional arguments of an operator's kernel fit together.
+
+    For kernels that Python registers: the native library checks its own.
+    """
+    match op, args:
+        case "scaled_linear" | "scaled_linear_product", [x, weight, *rest]:
+            bias, input_scale, output_scale, adapter_index = _filled(rest, None, None, None, None)
+            check_scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
+        case "gated_activation", [gate, up, *rest]:
+            scale, activation, adapter_index = _filled(rest, None, "silu", None)
+            check_activation(op, gate, up, scale, activation, adapter_index)
+        case "scaled_activation", [x, *rest]:
+            scale, activation, adapter_index = _filled(rest, None, "silu", None)
+            check_activation(op, x, None, scale, activation, adapter_index)
+        case "gated_activation_backward", [grad, gate, up, scale, activation, adapter_index, _]:
+            check_activation("gated_activation", gate, up, scale, activation, adapter_index)
+            check_gradient("gated_activation", grad, gate)
+        case "scaled_activation_backward", [grad, x, scale, activation, adapter_index, _]:
+            check_activation("scaled_activation", x, None, scale, activation, adapter_index)
+            check_gradient("scaled_activation", grad, x)
+        case "scale_pair", [x, first, second]:
+            check_scale_pair(x, first, second)
+        case "scale_pair_backward", [_, _, x, first, second, _]:
+            check_scale_pair(x, first, second)
+        case "scale_weight_", [weight, scale, dim]:
+            check_scale_weight_(weight, scale, dim)
+        case "merge_exact_" | "stays_finite", [weight, scale, dim]:
+            check_exact(op, weight, dim, scale=scale)
+        case "unmerge_exact_", [weight, scale, dim, *residual]:
+            check_exact(op, weight, dim, scale=scale)
+            check_residual(op, weight, *residual)
+        case "swap_exact_", [weight, old_scale, new_scale, dim, *residual]:
+            check_exact(op, weight, dim, old_scale=old_scale, new_scale=new_scale)
+            check_residual(op, weight, *residual)
+
+
+def _filled(given: Sequence[Any], *defaults: Any) -> Sequence[Any]:
+    """Return the arguments with the defaults of those that the dispatcher left out."""
+    return (*given, *defaults[len(given) :])
 
 
 # --- fake implementations ----------------------------------------------------------------------------------------
@@ -289,6 +417,66 @@ def _scaled_activation(
 ) -> Tensor:
     check_activation("scaled_activation", x, None, scale, activation, adapter_index)
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("ia3::gated_mlp", lib=LIBRARY)
+def _gated_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
+    gate = _scaled_linear(x, gate_weight, None, gate_scale)
+    hidden = _gated_activation(gate, _scaled_linear(x, up_weight, None, up_scale), scale, activation)
+    y: Tensor = _scaled_linear(hidden, down_weight)
+    return y
+
+
+@torch.library.register_fake("ia3::mlp", lib=LIBRARY)
+def _mlp(
+    x: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    hidden = _scaled_activation(_scaled_linear(x, up_weight, up_bias), scale, activation)
+    y: Tensor = _scaled_linear(hidden, down_weight, down_bias)
+    return y
+
+
+@torch.library.register_fake("ia3::scaled_linear_product", lib=LIBRARY)
+def _scaled_linear_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    output_scale: Tensor,
+    adapter_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y = _scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
+    return y, torch.empty_like(y)
+
+
+@torch.library.register_fake("ia3::scale_pair", lib=LIBRARY)
+def _scale_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    check_scale_pair(x, first, second)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("ia3::scale_pair_backward", lib=LIBRARY)
+def _scale_pair_backward(
+    grad_first: Tensor, grad_second: Tensor, x: Tensor, first: Tensor, second: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_scale_pair(x, first, second)
+    wants_x, wants_first, wants_second = output_mask
+    return _empty(x, wants_x), _empty(first, wants_first), _empty(second, wants_second)
 
 
 @torch.library.register_fake("ia3::scale_weight_", lib=LIBRARY)

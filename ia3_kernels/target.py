@@ -91,7 +91,7 @@ def cuda_problem() -> str | None:
     library = native_library()
     if not isinstance(library, ModuleType):
         return f"the native library is not built ({library}); reinstall with a C++ compiler and nvcc to build it."
-    if not hasattr(library, "cuda"):
+    if not library.cuda.is_loaded():
         return "the native library was built without CUDA; reinstall with a torch that has CUDA, and with nvcc."
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use."
@@ -110,7 +110,7 @@ def kernel_sources() -> str:
     for path in sorted([*(package / "triton").glob("*.py"), package / "tuning.py"]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     library = native_library()
-    if hasattr(library, "cuda"):
+    if isinstance(library, ModuleType) and library.cuda.is_loaded():
         digest.update(library.cuda.sources().encode())
     return digest.hexdigest()[:16]
 
@@ -124,7 +124,17 @@ def native_library() -> ModuleType | ImportError:
         return error
     # Settles the instruction set now: a wrong name in the environment is said at import, not at first use.
     library.isa()
+    for built in Path(library.__file__ or "").parent.glob("libia3_cuda.*"):
+        library.cuda.load(str(built))
     return library
+
+
+def hopper_tiles() -> list[str]:
+    """Return the names of the tiles that the Hopper matmul was built with; none without CUDA kernels."""
+    library = native_library()
+    if not isinstance(library, ModuleType) or not library.cuda.is_loaded():
+        return []
+    return list(library.cuda.hopper_tiles())
 
 
 def version(distribution: str) -> str | None:
@@ -162,9 +172,9 @@ def describe() -> dict[str, str]:
 
 def _describe_cuda(native: ModuleType | ImportError) -> str:
     """Which architectures are inside of the library, and whether one of them is here."""
-    if not hasattr(native, "cuda"):
+    if not isinstance(native, ModuleType) or not native.cuda.is_loaded():
         return cuda_problem() or ""
     inside = ", ".join(f"sm_{number}{'a' if number == 90 else ''}" for number in native.cuda.architectures())
-    tiles = ", ".join(native.cuda.hopper_tiles())
+    tiles = ", ".join(hopper_tiles())
     problem = cuda_problem()
     return f"{inside}; Hopper tiles: {tiles}" + (f"; not usable: {problem}" if problem else "")

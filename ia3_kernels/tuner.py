@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cuda, matmul, target
+from . import matmul, target
 from .measured import Measurement
 from .tuning import Architecture, LinearLaunch, linear_launch
 
@@ -85,10 +86,10 @@ def measure_linear(
     if best is None:
         raise RuntimeError(f"no launch of scaled_linear runs on this device for {rows} rows, {outputs} x {inputs}.")
     fastest: tuple[float, str] | None = None
-    for tile in cuda_tiles(rows):
+    for number, tile in enumerate(target.hopper_tiles() if rows > 16 and target.cuda_problem() is None else []):
 
-        def run_cuda(tile: str = tile) -> Tensor | None:
-            return cuda.matmul(x, weight, None, None, scale, None, tile)
+        def run_cuda(number: int = number) -> Tensor | None:
+            return hopper_linear(x, weight, scale, number)
 
         taken = run_cuda()
         if taken is None:
@@ -100,11 +101,11 @@ def measure_linear(
     return Measurement(library, *best, *(fastest or ()))
 
 
-def cuda_tiles(rows: int) -> list[str]:
-    """The tiles of our CUDA matmul that are worth a try; none where the kernels cannot run."""
-    if target.cuda_problem() is not None:
-        return []
-    return ["auto"] if rows <= 16 else cuda.hopper_tiles()
+def hopper_linear(x: Tensor, weight: Tensor, output_scale: Tensor | None, tile: int = -1) -> Tensor | None:
+    """Compute ``(x Wᵀ) ∘ s`` with one of the CUDA matmul's tiles, -1 for its own choice; None where it declines."""
+    native: Any = target.native_library()
+    result: Tensor | None = native.cuda.hopper_linear(x, weight, None, output_scale, tile)
+    return result
 
 
 def _check(result: Tensor, expected: Tensor, kernel: str, inputs: int) -> None:

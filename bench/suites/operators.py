@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ia3_kernels
-from ia3_kernels import cuda, target
-from ia3_kernels.backends import cuda as cuda_backend
-from ia3_kernels.backends import native, triton
+from ia3_kernels import target, tuner
+from ia3_kernels.backends import triton
 
 from .. import eager, measure
 from ..records import Recorder
@@ -51,21 +50,12 @@ def run(settings: Settings, recorder: Recorder) -> None:
 
 
 def _by_backend(op: str, settings: Settings, dtype: torch.dtype) -> dict[str, Callable[..., object]]:
-    """The backends beside the chosen one that also run an operator here: their kernels by the backends' names."""
+    """The Triton kernel beside the compiled one that runs by default, where there are both."""
     chosen = ia3_kernels.explain(op, settings.device, dtype).backend
-    return {
-        backend.name: backend.operators[op]
-        for backend in (triton.BACKEND, cuda_backend.BACKEND)
-        if backend.name != chosen and not backend.unavailable() and not backend.gap(op, settings.device.type, dtype)
-    }
-
-
-def _native(op: str, settings: Settings, dtype: torch.dtype) -> Callable[..., object] | None:
-    """The native kernel, which also writes into tensors given to it, where it can run."""
-    backend = native.BACKEND
-    if backend.unavailable() or backend.gap(op, settings.device.type, dtype):
-        return None
-    return backend.operators[op]
+    backend = triton.BACKEND
+    if chosen == backend.name or backend.unavailable() or backend.gap(op, settings.device.type, dtype):
+        return {}
+    return {backend.name: backend.operators[op]}
 
 
 def _copies(nbytes: int, settings: Settings) -> _Functions:
@@ -101,9 +91,8 @@ def _activation(settings: Settings, recorder: Recorder, dtype: str, op: str, act
     implementations = {"ours": getattr(ia3_kernels, op), "eager": getattr(eager, op)}
 
     forward: _Functions = {impl: partial(fn, *inputs, scale, activation) for impl, fn in implementations.items()}
-    if (kernel := _native(op, settings, DTYPES[dtype])) is not None:
-        output = torch.empty_like(inputs[0])
-        forward["ours, given output"] = partial(kernel, *inputs, scale, activation, out=output)
+    output = torch.empty_like(inputs[0])
+    forward["ours, given output"] = partial(implementations["ours"], *inputs, scale, activation, out=output)
     for name, kernel in _by_backend(op, settings, DTYPES[dtype]).items():
         forward[f"ours, {name}"] = partial(kernel, *inputs, scale, activation)
     # Reads its inputs, writes the output.
@@ -120,10 +109,6 @@ def _activation(settings: Settings, recorder: Recorder, dtype: str, op: str, act
         impl: partial(torch.autograd.grad, fn(*leaves, activation), leaves, output_grad, retain_graph=True)
         for impl, fn in implementations.items()
     }
-    if (kernel := _native(f"{op}_backward", settings, DTYPES[dtype])) is not None:
-        outputs = {name: torch.empty_like(inputs[0]) for name in (("out_gate", "out_up") if gated else ("out",))}
-        mask = [True] * len(leaves)
-        backward["ours, given output"] = partial(kernel, output_grad, *inputs, scale, activation, None, mask, **outputs)
     for name, kernel in _by_backend(f"{op}_backward", settings, DTYPES[dtype]).items():
         backward[f"ours, {name}"] = partial(kernel, output_grad, *inputs, scale, activation, None, [True] * len(leaves))
     # Reads the output's gradient and the inputs, writes the inputs' gradients.
@@ -197,13 +182,6 @@ def _triton_matmul(settings: Settings, dtype: torch.dtype) -> Callable[..., Tens
     return partial(linear.matmul, architecture=target.architecture(target.device_index(settings.device)))
 
 
-def _cuda_matmul(
-    x: Tensor, weight: Tensor, input_scale: Tensor | None = None, output_scale: Tensor | None = None
-) -> Tensor | None:
-    """Our CUDA kernels whatever was measured before; None for shapes that they do not take."""
-    return cuda.matmul(x, weight, None, input_scale, output_scale, None)
-
-
 def _linear_times(
     settings: Settings, dtype: torch.dtype, wide: int, narrow: int, rows: int, side: str
 ) -> tuple[dict[str, list[float]], int]:
@@ -220,8 +198,10 @@ def _linear_times(
         "linear": _cold(lambda w: F.linear(x, w), weights, 2 * third),
     }
     if settings.on_gpu:
-        if target.cuda_problem() is None and _cuda_matmul(x, weight, **scales) is not None:
-            fns["cuda"] = _cold(lambda w: _cuda_matmul(x, w, **scales), weights, third + third // 2)
+        output_scale = scales.get("output_scale")
+        has_cuda = target.cuda_problem() is None and side == "output"
+        if has_cuda and tuner.hopper_linear(x, weight, output_scale) is not None:
+            fns["cuda"] = _cold(lambda w: tuner.hopper_linear(x, w, output_scale), weights, third + third // 2)
         if (matmul := _triton_matmul(settings, dtype)) is not None:
             fns["triton"] = _cold(lambda w: matmul(x, w, **scales), weights, third // 2)
         count = 32 if rows <= 64 else 4

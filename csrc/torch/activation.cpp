@@ -1,8 +1,9 @@
+// Activations, and a pair of scaled copies, on CPU tensors: threads, and sums over rows in two stages.
 #include <algorithm>
 #include <vector>
 
 #include "../cpu/kernels.h"
-#include "operators.h"
+#include "native.h"
 
 namespace ia3 {
 namespace {
@@ -11,22 +12,6 @@ namespace {
 constexpr int64_t kChunkRows = 64;
 // Columns a task visits at a time: their partial sums (8 KiB) stay in the first-level cache.
 constexpr int64_t kColumnBlock = 2048;
-
-void check(std::string_view op, const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
-           const OptionalTensor& adapter_index) {
-  const char* name = up ? "gate" : "x";
-  TORCH_CHECK(gate.dim() >= 1, op, ": ", name, " has no dimensions; expected at least one.");
-  if (up) {
-    TORCH_CHECK(up->sizes() == gate.sizes(), op, ": up has shape ", up->sizes(), ", but gate has ", gate.sizes(),
-                "; expected equals.");
-    TORCH_CHECK(up->scalar_type() == gate.scalar_type(), op, ": up has dtype ", up->scalar_type(), ", but gate has ",
-                gate.scalar_type(), "; convert one of them.");
-    TORCH_CHECK(up->device() == gate.device(), op, ": up is on ", up->device(), ", but gate is on ", gate.device(),
-                "; move one of them.");
-  }
-  check_scale(op, "scale", scale, gate.size(-1), gate, adapter_index);
-  check_index(op, adapter_index, gate, {&scale});
-}
 
 // Rows that share one scale, at most kChunkRows of them: the unit of the first reduction stage.
 struct Chunk {
@@ -61,6 +46,7 @@ struct RowPlan {
 // The second stage: ds[a, i] = sum over the chunks of adapter a, in order, in double.
 at::Tensor reduce_partials(const at::Tensor& partials, const std::vector<Chunk>& chunks, const at::Tensor& scale) {
   const int64_t cols = scale.size(-1);
+  if (chunks.size() == 1 && scale.dim() == 1) return partials.view(scale.sizes()).to(scale.scalar_type());
   const at::Tensor result = at::zeros(scale.sizes(), at::kFloat);
   float* sums = result.mutable_data_ptr<float>();
   const float* parts = partials.const_data_ptr<float>();
@@ -83,20 +69,16 @@ at::Tensor reduce_partials(const at::Tensor& partials, const std::vector<Chunk>&
 
 }  // namespace
 
-at::Tensor activation(std::string_view op, const at::Tensor& gate, const OptionalTensor& up,
-                      const OptionalTensor& scale, std::string_view activation, const OptionalTensor& adapter_index,
-                      const OptionalTensor& out) {
-  check(op, gate, up, scale, adapter_index);
-  const Activation kind = activation_of(op, activation);
-  const DType dtype = dtype_of(gate);
+at::Tensor native_activation(const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
+                             Activation activation, const OptionalTensor& adapter_index, const OptionalTensor& out) {
   const at::Tensor result = out ? *out : empty_output(gate.sizes(), gate);
   if (gate.numel() == 0) return result;
 
   const Rows g = rows_of(gate), u = up ? rows_of(*up) : Rows{};
   const int64_t rows = g.count, cols = g.cols;
   const ScaleRows scales(scale, adapter_index, cols, true);
-  const ActivationArgs args{dtype, kind, g.data, g.stride, u.data, u.stride, scales.view, result.mutable_data_ptr(),
-                            cols};
+  const ActivationArgs args{
+      dtype_of(gate), activation, g.data, g.stride, u.data, u.stride, scales.view, result.mutable_data_ptr(), cols};
   const auto& kernels = cpu::kernels();
   // Tasks are blocks of columns of one row, so that a single long row splits too.
   const int64_t blocks = (cols + kColumnBlock - 1) / kColumnBlock;
@@ -113,31 +95,21 @@ at::Tensor activation(std::string_view op, const at::Tensor& gate, const Optiona
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_backward(
-    std::string_view op, const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up,
-    const OptionalTensor& scale, std::string_view activation, const OptionalTensor& adapter_index,
-    std::array<bool, 3> mask, const std::array<OptionalTensor, 2>& outputs) {
-  check(op, gate, up, scale, adapter_index);
-  TORCH_CHECK(grad.sizes() == gate.sizes() && grad.scalar_type() == gate.scalar_type(), op, ": the gradient is ",
-              grad.scalar_type(), " of shape ", grad.sizes(), "; expected ", gate.scalar_type(), " of shape ",
-              gate.sizes(), ".");
-  const Activation kind = activation_of(op, activation);
-  const DType dtype = dtype_of(gate);
+Gradients native_activation_backward(const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up,
+                                     const OptionalTensor& scale, Activation activation,
+                                     const OptionalTensor& adapter_index, std::array<bool, 3> mask) {
   const bool wants_scale = mask[2] && scale;
-  const auto output = [&](size_t which, bool wanted) {
-    if (!wanted) return at::empty({0}, gate.options());
-    return outputs[which] ? *outputs[which] : empty_output(gate.sizes(), gate);
-  };
-  const at::Tensor grad_gate = output(0, mask[0]);
-  const at::Tensor grad_up = output(1, mask[1] && up);
-  const at::Tensor nothing = at::empty({0}, scale ? scale->options() : gate.options());
-  if (gate.numel() == 0) return {grad_gate, grad_up, wants_scale ? at::zeros_like(*scale) : nothing};
+  const auto output = [&](bool wanted) { return wanted ? empty_output(gate.sizes(), gate) : nothing_like(gate); };
+  const at::Tensor grad_gate = output(mask[0]);
+  const at::Tensor grad_up = output(mask[1] && up);
+  const at::Tensor no_scale = wants_scale ? at::Tensor() : nothing_like(scale ? *scale : gate);
+  if (gate.numel() == 0) return {grad_gate, grad_up, wants_scale ? at::zeros_like(*scale) : no_scale};
 
   const Rows dh = rows_of(grad), g = rows_of(gate), u = up ? rows_of(*up) : Rows{};
   const int64_t rows = g.count, cols = g.cols;
   const ScaleRows scales(scale, adapter_index, cols, true);
-  const ActivationGradArgs args{dtype,
-                                kind,
+  const ActivationGradArgs args{dtype_of(gate),
+                                activation,
                                 dh.data,
                                 dh.stride,
                                 g.data,
@@ -165,7 +137,66 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_backward(
                                   col, std::min(col + kColumnBlock, cols));
     }
   });
-  return {grad_gate, grad_up, wants_scale ? reduce_partials(partials, plan.chunks, *scale) : nothing};
+  return {grad_gate, grad_up, wants_scale ? reduce_partials(partials, plan.chunks, *scale) : no_scale};
+}
+
+std::tuple<at::Tensor, at::Tensor> native_scale_pair(const at::Tensor& x, const at::Tensor& first,
+                                                     const at::Tensor& second) {
+  const at::Tensor a = empty_output(x.sizes(), x), b = empty_output(x.sizes(), x);
+  if (x.numel() == 0) return {a, b};
+  const Rows rows = rows_of(x);
+  const at::Tensor s_a = as_factors(first), s_b = as_factors(second);
+  const ScalePairArgs args{dtype_of(x),
+                           rows.data,
+                           rows.stride,
+                           {s_a.const_data_ptr<float>(), s_b.const_data_ptr<float>()},
+                           {a.mutable_data_ptr(), b.mutable_data_ptr()},
+                           rows.cols};
+  parallel(rows.count, x.numel(),
+           [&](int64_t begin, int64_t end) { cpu::kernels().scale_pair(args, begin, end, 0, rows.cols); });
+  return {a, b};
+}
+
+Gradients native_scale_pair_backward(const at::Tensor& grad_first, const at::Tensor& grad_second, const at::Tensor& x,
+                                     const at::Tensor& first, const at::Tensor& second, std::array<bool, 3> mask) {
+  const at::Tensor grad_x = mask[0] ? empty_output(x.sizes(), x) : nothing_like(x);
+  const std::array<at::Tensor, 2> scales{first, second};
+  std::array<at::Tensor, 2> sums;
+  if (x.numel() == 0) {
+    for (size_t i = 0; i < 2; ++i) sums[i] = mask[i + 1] ? at::zeros_like(scales[i]) : nothing_like(scales[i]);
+    return {grad_x, sums[0], sums[1]};
+  }
+  const Rows da = rows_of(grad_first), db = rows_of(grad_second), rows = rows_of(x);
+  const at::Tensor s_a = as_factors(first), s_b = as_factors(second);
+  const ScalePairGradArgs args{dtype_of(x),
+                               {da.data, db.data},
+                               {da.stride, db.stride},
+                               rows.data,
+                               rows.stride,
+                               {s_a.const_data_ptr<float>(), s_b.const_data_ptr<float>()},
+                               mask[0] ? grad_x.mutable_data_ptr() : nullptr,
+                               rows.cols};
+  const RowPlan plan(nullptr, rows.count, 1);
+  const int64_t count = int64_t(plan.chunks.size()), cols = rows.cols;
+  std::array<at::Tensor, 2> partials;
+  for (size_t i = 0; i < 2; ++i) partials[i] = at::empty({mask[i + 1] ? count : 0, cols}, at::kFloat);
+  const auto part = [&](size_t i, int64_t chunk) {
+    return mask[i + 1] ? partials[i].mutable_data_ptr<float>() + chunk * cols : nullptr;
+  };
+  const int64_t blocks = (cols + kColumnBlock - 1) / kColumnBlock;
+  parallel(count * blocks, rows.count * cols, [&](int64_t begin, int64_t end) {
+    std::array<float, 2 * kColumnBlock> lost;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t c = task / blocks, col = task % blocks * kColumnBlock;
+      const Chunk& chunk = plan.chunks[size_t(c)];
+      cpu::kernels().scale_pair_backward(args, {part(0, c), part(1, c)}, lost.data(), chunk.begin, chunk.end, col,
+                                         std::min(col + kColumnBlock, cols));
+    }
+  });
+  for (size_t i = 0; i < 2; ++i) {
+    sums[i] = mask[i + 1] ? reduce_partials(partials[i], plan.chunks, scales[i]) : nothing_like(scales[i]);
+  }
+  return {grad_x, sums[0], sums[1]};
 }
 
 }  // namespace ia3

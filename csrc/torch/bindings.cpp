@@ -1,186 +1,181 @@
-// The Python module ia3_kernels._C: the operators as a backend, and `direct`, the short cut past the dispatcher.
+// The Python module ia3_kernels._C: the operators' fast path from Python, and what ia3_kernels asks of the library.
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "../cpu/kernels.h"
+#include "autograd.h"
+#include "backend.h"
+#include "checks.h"
+#include "native.h"
 #include "operators.h"
 #include "python.h"
 
 namespace py = pybind11;
 
 namespace ia3 {
+
+const Backend kNativeBackend = {native_activation, native_activation_backward, native_linear,
+                                native_scale_pair, native_scale_pair_backward, native_scale_weight_};
+
 namespace {
 
-at::Tensor backend_scaled_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& input_scale, const OptionalTensor& output_scale,
-                                 const OptionalTensor& adapter_index) {
-  BelowAutograd guard;
-  return scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index);
-}
+// --- the fast path ---
+//
+// The same operators as torch.ops.ia3's, called without its matching of arguments to a schema: positional tensors, None
+// for those that are absent. What is not exactly a tensor or a parameter, and whatever a torch function mode has to
+// see, is left to torch.ops: the answer is then None.
 
-at::Tensor backend_gated_activation(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& scale,
-                                    const std::string& name, const OptionalTensor& adapter_index,
-                                    const OptionalTensor& out) {
-  BelowAutograd guard;
-  return activation("gated_activation", gate, up, scale, name, adapter_index, out);
-}
-
-at::Tensor backend_scaled_activation(const at::Tensor& x, const OptionalTensor& scale, const std::string& name,
-                                     const OptionalTensor& adapter_index, const OptionalTensor& out) {
-  BelowAutograd guard;
-  return activation("scaled_activation", x, std::nullopt, scale, name, adapter_index, out);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backend_gated_activation_backward(
-    const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& scale,
-    const std::string& name, const OptionalTensor& adapter_index, std::array<bool, 3> mask,
-    const OptionalTensor& out_gate, const OptionalTensor& out_up) {
-  BelowAutograd guard;
-  return activation_backward("gated_activation", grad, gate, up, scale, name, adapter_index, mask, {out_gate, out_up});
-}
-
-std::tuple<at::Tensor, at::Tensor> backend_scaled_activation_backward(
-    const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& scale, const std::string& name,
-    const OptionalTensor& adapter_index, std::array<bool, 2> mask, const OptionalTensor& out) {
-  BelowAutograd guard;
-  const auto [grad_x, grad_up, grad_scale] =
-      activation_backward("scaled_activation", grad, x, std::nullopt, scale, name, adapter_index,
-                          {mask[0], false, mask[1]}, {out, std::nullopt});
-  return {grad_x, grad_scale};
-}
-
-void backend_scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
-  BelowAutograd guard;
-  scale_weight_(weight, scale, dim);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backend_merge_exact_(const at::Tensor& weight, const at::Tensor& scale,
-                                                                    int64_t dim) {
-  BelowAutograd guard;
-  return merge_exact_(weight, scale, dim);
-}
-
-void backend_unmerge_exact_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim, const at::Tensor& parity,
-                            const at::Tensor& positions, const at::Tensor& bits) {
-  BelowAutograd guard;
-  unmerge_exact_(weight, scale, dim, parity, positions, bits);
-}
-
-at::Tensor backend_stays_finite(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
-  BelowAutograd guard;
-  return stays_finite(weight, scale, dim);
-}
-
-std::tuple<at::Tensor, at::Tensor> backend_swap_exact_(const at::Tensor& weight, const at::Tensor& old_scale,
-                                                       const at::Tensor& new_scale, int64_t dim,
-                                                       const at::Tensor& parity, const at::Tensor& positions,
-                                                       const at::Tensor& bits) {
-  BelowAutograd guard;
-  return swap_exact_(weight, old_scale, new_scale, dim, parity, positions, bits);
-}
-
-// --- the short cut ---
-
-// The dispatch keys of a plain, dense CPU tensor with nothing switched on around it
-const c10::DispatchKeySet kPlainKeys =
-    c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) |
-    c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) | c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
-
-// Whether every argument is None or a plain CPU tensor of a native dtype that asks for no gradient now, outside of any
-// mode. Whatever else may come is the dispatcher's to sort out.
-class Plain {
+// The positional arguments of a call
+class Arguments {
  public:
-  Plain()
-      : local_(c10::impl::tls_local_dispatch_key_set()),
-        grad_(at::GradMode::is_enabled()),
-        ok_(!at::impl::torch_function_mode_enabled()) {}
+  Arguments(PyObject* const* values, Py_ssize_t count)
+      : values_(values), count_(count), plain_(!at::impl::torch_function_mode_enabled()) {}
 
-  const at::Tensor& tensor(py::handle object) {
+  const at::Tensor& tensor(Py_ssize_t i) {
     static const at::Tensor undefined;
-    if (!ok_ || !THPVariable_CheckExact(object.ptr())) {
-      ok_ = false;
+    if (i >= count_ || !THPVariable_CheckExact(values_[i])) {
+      plain_ = false;
       return undefined;
     }
-    const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-    const auto keys = (tensor.key_set() | local_.included_) - local_.excluded_;
-    // On the bits: subtracting key sets leaves the backend's bit standing.
-    ok_ = (keys.raw_repr() & ~kPlainKeys.raw_repr()) == 0 && keys.has(c10::DispatchKey::CPU) &&
-          !(grad_ && tensor.requires_grad());
-    return tensor;
+    return THPVariable_Unpack(values_[i]);
   }
 
-  const at::Tensor& operand(py::handle object) {
-    const at::Tensor& result = tensor(object);
-    if (ok_) {
-      const auto dtype = result.scalar_type();
-      ok_ = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  OptionalTensor optional(Py_ssize_t i) {
+    if (i < count_ && values_[i] == Py_None) return std::nullopt;
+    const at::Tensor& found = tensor(i);
+    return found.defined() ? OptionalTensor(found) : std::nullopt;
+  }
+
+  std::string_view word(Py_ssize_t i) {
+    Py_ssize_t size = 0;
+    const char* const text =
+        i < count_ && PyUnicode_Check(values_[i]) ? PyUnicode_AsUTF8AndSize(values_[i], &size) : nullptr;
+    plain_ = plain_ && text != nullptr;
+    return text == nullptr ? std::string_view() : std::string_view(text, size_t(size));
+  }
+
+  int64_t integer(Py_ssize_t i) {
+    if (i >= count_ || !PyLong_CheckExact(values_[i])) {
+      plain_ = false;
+      return 0;
     }
-    return result;
+    return PyLong_AsLongLong(values_[i]);
   }
 
-  OptionalTensor optional(py::handle object) {
-    if (object.is_none()) return std::nullopt;
-    const at::Tensor& result = tensor(object);
-    return ok_ ? OptionalTensor(result) : std::nullopt;
-  }
-
-  bool ok() const { return ok_; }
+  bool plain() const { return plain_; }
 
  private:
-  c10::impl::LocalDispatchKeySet local_;
-  bool grad_;
-  bool ok_;
+  PyObject* const* values_;
+  Py_ssize_t count_;
+  bool plain_;
 };
 
-py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
-
 template <typename Function>
-py::object run(Function function) {
+PyObject* run(const Arguments& arguments, Function function) {
+  if (!arguments.plain()) Py_RETURN_NONE;
   at::Tensor result;
   {
-    BelowAutograd guard;
+    py::gil_scoped_release release;
     result = function();
   }
-  return wrap(result);
+  return THPVariable_Wrap(std::move(result));
 }
 
-py::object direct_scaled_linear(py::handle x, py::handle weight, py::handle bias, py::handle input_scale,
-                                py::handle output_scale, py::handle adapter_index) {
-  Plain plain;
-  const at::Tensor &a = plain.operand(x), &w = plain.tensor(weight);
-  const OptionalTensor b = plain.optional(bias), s_in = plain.optional(input_scale),
-                       s_out = plain.optional(output_scale), index = plain.optional(adapter_index);
-  if (!plain.ok()) return py::none();
-  return run([&] { return scaled_linear(a, w, b, s_in, s_out, index); });
+PyObject* fast_scaled_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments args(values, count);
+  const at::Tensor &x = args.tensor(0), &weight = args.tensor(1);
+  const OptionalTensor bias = args.optional(2), input_scale = args.optional(3), output_scale = args.optional(4),
+                       adapter_index = args.optional(5);
+  return run(args, [&] { return call::scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index); });
+  END_HANDLE_TH_ERRORS
 }
 
-py::object direct_gated_activation(py::handle gate, py::handle up, py::handle scale, const std::string& name,
-                                   py::handle adapter_index) {
-  Plain plain;
-  const at::Tensor &g = plain.operand(gate), &u = plain.tensor(up);
-  const OptionalTensor s = plain.optional(scale), index = plain.optional(adapter_index);
-  if (!plain.ok()) return py::none();
-  return run([&] { return activation("gated_activation", g, u, s, name, index); });
+PyObject* fast_gated_activation(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments args(values, count);
+  const at::Tensor &gate = args.tensor(0), &up = args.tensor(1);
+  const OptionalTensor scale = args.optional(2), adapter_index = args.optional(4);
+  const std::string_view activation = args.word(3);
+  return run(args, [&] { return call::gated_activation(gate, up, scale, activation, adapter_index); });
+  END_HANDLE_TH_ERRORS
 }
 
-py::object direct_scaled_activation(py::handle x, py::handle scale, const std::string& name, py::handle adapter_index) {
-  Plain plain;
-  const at::Tensor& a = plain.operand(x);
-  const OptionalTensor s = plain.optional(scale), index = plain.optional(adapter_index);
-  if (!plain.ok()) return py::none();
-  return run([&] { return activation("scaled_activation", a, std::nullopt, s, name, index); });
+PyObject* fast_scaled_activation(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments args(values, count);
+  const at::Tensor& x = args.tensor(0);
+  const OptionalTensor scale = args.optional(1), adapter_index = args.optional(3);
+  const std::string_view activation = args.word(2);
+  return run(args, [&] { return call::scaled_activation(x, scale, activation, adapter_index); });
+  END_HANDLE_TH_ERRORS
 }
 
-// Whether the weight was scaled; False where the dispatcher has work to do.
-bool direct_scale_weight_(py::handle weight, py::handle scale, int64_t dim) {
-  Plain plain;
-  const at::Tensor &w = plain.operand(weight), &s = plain.tensor(scale);
-  if (!plain.ok() || w.is_inference()) return false;
-  BelowAutograd guard;
-  scale_weight_(w, s, dim);
-  w.unsafeGetTensorImpl()->bump_version();
-  return true;
+PyObject* fast_gated_mlp(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments args(values, count);
+  const at::Tensor &x = args.tensor(0), &gate = args.tensor(1), &up = args.tensor(2), &down = args.tensor(3);
+  const OptionalTensor scale = args.optional(4), gate_scale = args.optional(6), up_scale = args.optional(7);
+  const std::string_view activation = args.word(5);
+  return run(args, [&] { return call::gated_mlp(x, gate, up, down, scale, activation, gate_scale, up_scale); });
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* fast_mlp(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments args(values, count);
+  const at::Tensor &x = args.tensor(0), &up = args.tensor(1), &down = args.tensor(2);
+  const OptionalTensor scale = args.optional(3), up_bias = args.optional(5), down_bias = args.optional(6);
+  const std::string_view activation = args.word(4);
+  return run(args, [&] { return call::mlp(x, up, down, scale, activation, up_bias, down_bias); });
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* fast_scale_weight_(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments args(values, count);
+  const at::Tensor &weight = args.tensor(0), &scale = args.tensor(1);
+  const int64_t dim = args.integer(2);
+  return run(args, [&] {
+    call::scale_weight_(weight, scale, dim);
+    return weight;
+  });
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef* fast_functions() {
+  // Not a const table: Python keeps the addresses.
+  static PyMethodDef functions[] = {
+#define IA3_FAST(name) \
+  {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fast_##name)), METH_FASTCALL, nullptr}
+      IA3_FAST(scaled_linear), IA3_FAST(gated_activation), IA3_FAST(scaled_activation),   IA3_FAST(gated_mlp),
+      IA3_FAST(mlp),           IA3_FAST(scale_weight_),    {nullptr, nullptr, 0, nullptr}};
+#undef IA3_FAST
+  return functions;
+}
+
+// --- the rest ---
+
+// An activation into memory that the caller has; schemas.py has checked `out`.
+void activation_into(const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
+                     const std::string& activation, const OptionalTensor& adapter_index, const at::Tensor& out) {
+  const char* const op = up ? "gated_activation" : "scaled_activation";
+  const py::gil_scoped_release release;
+  const BelowAutograd below;
+  const Activation kind = check_activation(op, gate, up, scale, activation, adapter_index);
+  backend_of(op, gate).activation(gate, up, as_vector(scale, adapter_index), kind, adapter_index, out);
+  torch::autograd::impl::bump_version(out);
+}
+
+// A function of backend.h that runs without the GIL, as it runs below autograd
+template <typename Result, typename... Args>
+auto below_autograd(Result (*function)(Args...)) {
+  return [function](Args... args) {
+    const py::gil_scoped_release release;
+    const BelowAutograd below;
+    return function(args...);
+  };
 }
 
 }  // namespace
@@ -188,42 +183,22 @@ bool direct_scale_weight_(py::handle weight, py::handle scale, int64_t dim) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace ia3;
-  using py::arg;
-  m.doc() = "Native CPU kernels of ia3_kernels. Call them through ia3_kernels, which checks where they apply.";
-  const py::none none;
+  m.doc() = "Compiled kernels of ia3_kernels, registered as torch.ops.ia3. Call them through ia3_kernels.";
 
-  m.def("scaled_linear", &backend_scaled_linear, arg("x"), arg("weight"), arg("bias") = none, arg("input_scale") = none,
-        arg("output_scale") = none, arg("adapter_index") = none);
-  m.def("gated_activation", &backend_gated_activation, arg("gate"), arg("up"), arg("scale") = none,
-        arg("activation") = "silu", arg("adapter_index") = none, arg("out") = none);
-  m.def("scaled_activation", &backend_scaled_activation, arg("x"), arg("scale") = none, arg("activation") = "silu",
-        arg("adapter_index") = none, arg("out") = none);
-  m.def("scale_weight_", &backend_scale_weight_, arg("weight"), arg("scale"), arg("dim"));
-  m.def("merge_exact_", &backend_merge_exact_, arg("weight"), arg("scale"), arg("dim"));
-  m.def("unmerge_exact_", &backend_unmerge_exact_, arg("weight"), arg("scale"), arg("dim"), arg("parity"),
-        arg("positions"), arg("bits"));
-  m.def("stays_finite", &backend_stays_finite, arg("weight"), arg("scale"), arg("dim"));
-  m.def("swap_exact_", &backend_swap_exact_, arg("weight"), arg("old_scale"), arg("new_scale"), arg("dim"),
-        arg("parity"), arg("positions"), arg("bits"));
-  m.def("gated_activation_backward", &backend_gated_activation_backward, arg("grad"), arg("gate"), arg("up"),
-        arg("scale"), arg("activation"), arg("adapter_index"), arg("output_mask"), arg("out_gate") = none,
-        arg("out_up") = none);
-  m.def("scaled_activation_backward", &backend_scaled_activation_backward, arg("grad"), arg("x"), arg("scale"),
-        arg("activation"), arg("adapter_index"), arg("output_mask"), arg("out") = none);
+  auto fast = m.def_submodule("fast", "The operators without torch.ops' overhead; None for what torch.ops has to do.");
+  if (PyModule_AddFunctions(fast.ptr(), fast_functions()) != 0) throw py::error_already_set();
+
+  m.def("activation_into", &activation_into);
+  m.def("merge_exact_", below_autograd(&merge_exact_));
+  m.def("unmerge_exact_", below_autograd(&unmerge_exact_));
+  m.def("stays_finite", below_autograd(&stays_finite));
+  m.def("swap_exact_", below_autograd(&swap_exact_));
 
   m.def("isa", [] { return std::string(cpu::kernels().isa); });
   m.def("available_isas", &cpu::available_isas);
   m.def("matmul_route", &matmul_route);
-  m.def("recovers_product", &recovers_product);
+  m.def("forget_choices", &forget_choices);
 
-  auto direct = m.def_submodule("direct", "The forward operators past the dispatcher; None where it has work to do.");
-  direct.def("scaled_linear", &direct_scaled_linear);
-  direct.def("gated_activation", &direct_gated_activation);
-  direct.def("scaled_activation", &direct_scaled_activation);
-  direct.def("scale_weight_", &direct_scale_weight_);
-
-#if defined(IA3_WITH_CUDA)
-  auto cuda = m.def_submodule("cuda", "The CUDA kernels; ia3_kernels/backends/cuda.py checks what comes here.");
+  auto cuda = m.def_submodule("cuda", "The library of CUDA kernels, where one is loaded.");
   bind_cuda(cuda);
-#endif
 }

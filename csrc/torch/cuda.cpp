@@ -1,11 +1,14 @@
-// The CUDA kernels on tensors. Arguments were checked against ia3_kernels/schemas.py by whoever calls; here they become
-// raw pointers. A stream comes as the number that torch has for it, so that no header of CUDA is needed.
+// The operators on CUDA tensors, through the library of csrc/cuda. That is a shared library of its own behind plain C
+// (csrc/include/ia3_kernels.h), found when it is loaded: this file needs neither CUDA nor its headers, and the tests
+// load kernels that run on the host in its place.
 #include <ATen/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
 
 #include <array>
 
 #include "../include/ia3_kernels.h"
-#include "operators.h"
+#include "backend.h"
 #include "python.h"
 
 namespace py = pybind11;
@@ -16,17 +19,69 @@ namespace {
 static_assert(int(DType::kFloat16) == IA3_FLOAT16 && int(Activation::kIdentity) == IA3_IDENTITY,
               "csrc/core/arguments.h and csrc/include/ia3_kernels.h number types and activations alike");
 
-ia3_dtype c_dtype(const at::Tensor& x) { return static_cast<ia3_dtype>(dtype_of(x)); }
+// The functions of the C interface by their names
+struct Library {
+#define IA3_FUNCTION(name) decltype(&::name) name = nullptr;
+#define IA3_FUNCTIONS                                  \
+  IA3_FUNCTION(ia3_last_error)                         \
+  IA3_FUNCTION(ia3_cuda_architectures)                 \
+  IA3_FUNCTION(ia3_cuda_sources)                       \
+  IA3_FUNCTION(ia3_cuda_activation)                    \
+  IA3_FUNCTION(ia3_cuda_activation_backward_workspace) \
+  IA3_FUNCTION(ia3_cuda_activation_backward)           \
+  IA3_FUNCTION(ia3_cuda_scale_pair)                    \
+  IA3_FUNCTION(ia3_cuda_scale_pair_backward_workspace) \
+  IA3_FUNCTION(ia3_cuda_scale_pair_backward)           \
+  IA3_FUNCTION(ia3_cuda_scale_weight)                  \
+  IA3_FUNCTION(ia3_cuda_hopper_tiles)                  \
+  IA3_FUNCTION(ia3_cuda_hopper_linear_workspace)       \
+  IA3_FUNCTION(ia3_cuda_hopper_linear)
+  IA3_FUNCTIONS
+#undef IA3_FUNCTION
+};
 
-ia3_stream c_stream(int64_t stream) { return reinterpret_cast<ia3_stream>(stream); }
+Library library;
 
-// True where the kernel took the arguments, false where it leaves them to another one.
-bool accepted(const char* op, ia3_status status) {
-  TORCH_CHECK(status == IA3_OK || status == IA3_UNSUPPORTED, op, ": ", ia3_last_error());
-  return status == IA3_OK;
+void load(const std::string& path) {
+  void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  TORCH_CHECK(handle != nullptr, "ia3_kernels: ", path, " cannot be loaded: ", dlerror(), "; build the package again.");
+  Library found;
+#define IA3_FUNCTION(name)                                                     \
+  found.name = reinterpret_cast<decltype(found.name)>(dlsym(handle, #name));   \
+  TORCH_CHECK(found.name != nullptr, "ia3_kernels: ", path, " has no ", #name, \
+              "; it is of another version: build again.");
+  IA3_FUNCTIONS
+#undef IA3_FUNCTION
+  library = found;  // never closed: its kernels may be running
 }
 
-void demand(const char* op, ia3_status status) { TORCH_CHECK(status == IA3_OK, op, ": ", ia3_last_error()); }
+ia3_dtype c_dtype(const at::Tensor& x) { return static_cast<ia3_dtype>(dtype_of(x)); }
+
+// The current device and stream become the tensor's. In the tests CPU tensors take this way too, and have neither.
+class Launch {
+ public:
+  explicit Launch(const at::Tensor& x) : guard_(x.device()) {
+    if (x.is_cuda()) stream_ = stream_of(c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(x.device()));
+  }
+  operator ia3_stream() const { return stream_; }
+
+ private:
+  template <typename Stream>
+  static ia3_stream stream_of(const Stream& stream) {
+    if constexpr (requires { stream.native_handle(); }) {
+      return static_cast<ia3_stream>(stream.native_handle());
+    } else {  // torch before it had that
+      py::gil_scoped_acquire gil;
+      const auto raw = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")(int(stream.device_index()));
+      return reinterpret_cast<ia3_stream>(raw.template cast<uintptr_t>());
+    }
+  }
+
+  c10::DeviceGuard guard_;
+  ia3_stream stream_ = nullptr;
+};
+
+void demand(const char* op, ia3_status status) { TORCH_CHECK(status == IA3_OK, op, ": ", library.ia3_last_error()); }
 
 at::Tensor bytes_like(const at::Tensor& x, size_t bytes) {
   return at::empty({int64_t(bytes)}, x.options().dtype(at::kByte));
@@ -36,7 +91,7 @@ at::Tensor bytes_like(const at::Tensor& x, size_t bytes) {
 struct Scale {
   Scale(const OptionalTensor& given, const OptionalTensor& adapter_index) {
     if (!given) return;
-    values = given->to(at::kFloat).contiguous();
+    values = as_factors(*given);
     view.scale = values.const_data_ptr<float>();
     if (!adapter_index) return;
     index = adapter_index->contiguous();
@@ -48,20 +103,16 @@ struct Scale {
   ia3_scale view{};
 };
 
-at::Tensor cuda_activation(const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
-                           const std::string& name, const OptionalTensor& adapter_index, const OptionalTensor& out,
-                           int64_t stream) {
-  BelowAutograd below;
-  const c10::DeviceGuard device(gate.device());
+at::Tensor activation(const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
+                      Activation activation, const OptionalTensor& adapter_index, const OptionalTensor& out) {
   const at::Tensor result = out ? *out : at::empty(gate.sizes(), gate.options());
   if (gate.numel() == 0) return result;
+  const Launch launch(gate);
   const Rows g = rows_of(gate), u = up ? rows_of(*up) : Rows{}, h = rows_of(result);
-  TORCH_CHECK(!h.owner.defined() || h.owner.is_alias_of(result), name,
-              ": out has strides that no kernel writes; expected rows with adjacent elements.");
   const Scale s(scale, adapter_index);
   ia3_activation_args args{};
   args.dtype = c_dtype(gate);
-  args.activation = static_cast<ia3_activation>(activation_of("gated_activation", name));
+  args.activation = static_cast<ia3_activation>(activation);
   args.rows = g.count;
   args.cols = g.cols;
   args.gate = g.data;
@@ -71,41 +122,29 @@ at::Tensor cuda_activation(const at::Tensor& gate, const OptionalTensor& up, con
   args.scale = s.view;
   args.out = const_cast<void*>(h.data);
   args.out_stride = h.stride;
-  demand("gated_activation", ia3_cuda_activation(&args, c_stream(stream)));
+  demand("gated_activation", library.ia3_cuda_activation(&args, launch));
   return result;
 }
 
-// `chunks`: the tensors of ia3_kernels.chunks.Chunks, in their order.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cuda_activation_backward(
-    const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
-    const std::string& name, const std::optional<std::array<at::Tensor, 6>>& chunks, std::array<bool, 3> mask,
-    int64_t stream) {
-  BelowAutograd below;
-  const c10::DeviceGuard device(gate.device());
+Gradients activation_backward(const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up,
+                              const OptionalTensor& scale, Activation activation, const OptionalTensor& adapter_index,
+                              std::array<bool, 3> mask) {
   const auto like_gate = [&](bool wanted) {
-    return wanted ? at::empty(gate.sizes(), gate.options()) : at::empty({0}, gate.options());
+    return wanted ? at::empty(gate.sizes(), gate.options()) : nothing_like(gate);
   };
   const at::Tensor grad_gate = like_gate(mask[0]), grad_up = like_gate(mask[1] && up);
-  if (!scale || !mask[2]) mask[2] = false;
-  const at::Tensor nothing = at::empty({0}, scale ? scale->options() : gate.options());
-  if (gate.numel() == 0) return {grad_gate, grad_up, mask[2] ? at::zeros_like(*scale) : nothing};
+  const bool wants_scale = mask[2] && scale;
+  if (gate.numel() == 0 && wants_scale) return {grad_gate, grad_up, at::zeros_like(*scale)};
+  const at::Tensor sums =
+      wants_scale ? at::empty(scale->sizes(), scale->options().dtype(at::kFloat)) : nothing_like(scale ? *scale : gate);
+  if (gate.numel() == 0) return {grad_gate, grad_up, sums};
 
+  const Launch launch(gate);
   const Rows dh = rows_of(grad), g = rows_of(gate), u = up ? rows_of(*up) : Rows{};
   const Scale s(scale, std::nullopt);
-  const at::Tensor sums = mask[2] ? at::empty(scale->sizes(), scale->options().dtype(at::kFloat)) : at::Tensor();
-  ia3_chunks plan{};
-  if (chunks) {
-    plan.order = (*chunks)[0].const_data_ptr<int32_t>();
-    plan.first = (*chunks)[1].const_data_ptr<int32_t>();
-    plan.last = (*chunks)[2].const_data_ptr<int32_t>();
-    plan.adapter = (*chunks)[3].const_data_ptr<int32_t>();
-    plan.adapter_first = (*chunks)[4].const_data_ptr<int32_t>();
-    plan.adapter_last = (*chunks)[5].const_data_ptr<int32_t>();
-    plan.chunks = (*chunks)[1].numel();
-  }
   ia3_activation_backward_args args{};
   args.dtype = c_dtype(gate);
-  args.activation = static_cast<ia3_activation>(activation_of("gated_activation_backward", name));
+  args.activation = static_cast<ia3_activation>(activation);
   args.rows = g.count;
   args.cols = g.cols;
   args.grad = dh.data;
@@ -115,26 +154,97 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cuda_activation_backward(
   args.up = u.data;
   args.up_stride = u.stride;
   args.scale = s.view;
-  if (chunks) args.scale.adapters = int32_t(scale->size(0));
-  args.chunks = chunks ? &plan : nullptr;
+  std::array<at::Tensor, 6> pieces;
+  ia3_chunks chunks{};
+  if (adapter_index && scale) {
+    args.scale.adapters = int32_t(scale->size(0));
+    pieces = chunks_by_adapter(*adapter_index, scale->size(0), gate);
+    chunks.order = pieces[0].const_data_ptr<int32_t>();
+    chunks.first = pieces[1].const_data_ptr<int32_t>();
+    chunks.last = pieces[2].const_data_ptr<int32_t>();
+    chunks.adapter = pieces[3].const_data_ptr<int32_t>();
+    chunks.adapter_first = pieces[4].const_data_ptr<int32_t>();
+    chunks.adapter_last = pieces[5].const_data_ptr<int32_t>();
+    chunks.chunks = pieces[1].numel();
+    args.chunks = &chunks;
+  }
   args.grad_gate = mask[0] ? grad_gate.mutable_data_ptr() : nullptr;
-  args.grad_up = grad_up.numel() > 0 ? grad_up.mutable_data_ptr() : nullptr;
-  args.grad_scale = mask[2] ? sums.mutable_data_ptr<float>() : nullptr;
-  const at::Tensor workspace = bytes_like(gate, ia3_cuda_activation_backward_workspace(&args));
+  args.grad_up = mask[1] && up ? grad_up.mutable_data_ptr() : nullptr;
+  args.grad_scale = wants_scale ? sums.mutable_data_ptr<float>() : nullptr;
+  const at::Tensor workspace = bytes_like(gate, library.ia3_cuda_activation_backward_workspace(&args));
   args.workspace = workspace.mutable_data_ptr();
-  demand("gated_activation_backward", ia3_cuda_activation_backward(&args, c_stream(stream)));
-  return {grad_gate, grad_up, mask[2] ? sums.to(scale->scalar_type()) : nothing};
+  demand("gated_activation_backward", library.ia3_cuda_activation_backward(&args, launch));
+  return {grad_gate, grad_up, wants_scale ? sums.to(scale->scalar_type()) : sums};
 }
 
-void cuda_scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim, int64_t stream) {
-  BelowAutograd below;
+std::tuple<at::Tensor, at::Tensor> scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second) {
+  const at::Tensor a = at::empty(x.sizes(), x.options()), b = at::empty(x.sizes(), x.options());
+  if (x.numel() == 0) return {a, b};
+  const Launch launch(x);
+  const Rows rows = rows_of(x);
+  const at::Tensor s_a = as_factors(first), s_b = as_factors(second);
+  ia3_scale_pair_args args{};
+  args.dtype = c_dtype(x);
+  args.rows = rows.count;
+  args.cols = rows.cols;
+  args.x = rows.data;
+  args.x_stride = rows.stride;
+  args.scales[0] = s_a.const_data_ptr<float>();
+  args.scales[1] = s_b.const_data_ptr<float>();
+  args.out[0] = a.mutable_data_ptr();
+  args.out[1] = b.mutable_data_ptr();
+  demand("scale_pair", library.ia3_cuda_scale_pair(&args, launch));
+  return {a, b};
+}
+
+Gradients scale_pair_backward(const at::Tensor& grad_first, const at::Tensor& grad_second, const at::Tensor& x,
+                              const at::Tensor& first, const at::Tensor& second, std::array<bool, 3> mask) {
+  const at::Tensor grad_x = mask[0] ? at::empty(x.sizes(), x.options()) : nothing_like(x);
+  const auto sums_like = [&](bool wanted, const at::Tensor& scale) {
+    if (!wanted) return nothing_like(scale);
+    const auto options = scale.options().dtype(at::kFloat);
+    return x.numel() == 0 ? at::zeros(scale.sizes(), options) : at::empty(scale.sizes(), options);
+  };
+  const at::Tensor s_first = sums_like(mask[1], first), s_second = sums_like(mask[2], second);
+  if (x.numel() > 0) {
+    const Launch launch(x);
+    const Rows da = rows_of(grad_first), db = rows_of(grad_second), rows = rows_of(x);
+    const at::Tensor s_a = as_factors(first), s_b = as_factors(second);
+    ia3_scale_pair_backward_args args{};
+    args.dtype = c_dtype(x);
+    args.rows = rows.count;
+    args.cols = rows.cols;
+    args.grads[0] = da.data;
+    args.grads[1] = db.data;
+    args.grad_strides[0] = da.stride;
+    args.grad_strides[1] = db.stride;
+    args.x = rows.data;
+    args.x_stride = rows.stride;
+    args.scales[0] = s_a.const_data_ptr<float>();
+    args.scales[1] = s_b.const_data_ptr<float>();
+    args.grad_x = mask[0] ? grad_x.mutable_data_ptr() : nullptr;
+    args.grad_scales[0] = mask[1] ? s_first.mutable_data_ptr<float>() : nullptr;
+    args.grad_scales[1] = mask[2] ? s_second.mutable_data_ptr<float>() : nullptr;
+    const at::Tensor workspace = bytes_like(x, library.ia3_cuda_scale_pair_backward_workspace(&args));
+    args.workspace = workspace.mutable_data_ptr();
+    demand("scale_pair_backward", library.ia3_cuda_scale_pair_backward(&args, launch));
+  }
+  return {grad_x, mask[1] ? s_first.to(first.scalar_type()) : s_first,
+          mask[2] ? s_second.to(second.scalar_type()) : s_second};
+}
+
+void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
   if (weight.numel() == 0) return;
   const bool by_rows = weight.stride(1) == 1 || weight.size(1) == 1;
   const at::Tensor stored = by_rows ? weight : weight.t();
-  TORCH_CHECK(stored.stride(1) == 1 || stored.size(1) == 1, "scale_weight_: weight has strides ", weight.strides(),
-              "; expected one of its dimensions to be dense.");
-  const c10::DeviceGuard device(weight.device());
-  const at::Tensor factors = scale.to(at::kFloat).contiguous();
+  if (stored.stride(1) != 1 && stored.size(1) != 1) {  // a strided slice, which no layer stores
+    const at::Tensor copy = weight.contiguous();
+    scale_weight_(copy, scale, dim);
+    weight.copy_(copy);
+    return;
+  }
+  const Launch launch(weight);
+  const at::Tensor factors = as_factors(scale);
   const float* s = factors.const_data_ptr<float>();
   const bool along_rows = (dim == 0) == by_rows;
   ia3_scale_weight_args args{};
@@ -145,108 +255,61 @@ void cuda_scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64
   args.weight_stride = stored.stride(0);
   args.row_scale = along_rows ? s : nullptr;
   args.col_scale = along_rows ? nullptr : s;
-  demand("scale_weight_", ia3_cuda_scale_weight(&args, c_stream(stream)));
+  demand("scale_weight_", library.ia3_cuda_scale_weight(&args, launch));
 }
 
-// What a linear layer writes, with the tensors that its raw arguments point into.
-struct LinearOutput {
-  LinearOutput(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-               const OptionalTensor& output_scale, const OptionalTensor& adapter_index)
-      : scale(output_scale, adapter_index) {
-    auto sizes = x.sizes().vec();
-    sizes.back() = weight.size(0);
-    y = at::empty(sizes, x.options());
-    const bool transposed = weight.stride(1) != 1;
-    view.out = weight.size(0);
-    view.weight = weight.const_data_ptr();
-    view.weight_stride = weight.stride(transposed ? 1 : 0);
-    if (bias) {
-      dense_bias = bias->contiguous();
-      view.bias = dense_bias.const_data_ptr();
-    }
-    view.scale = scale.view;
-    view.y = y.mutable_data_ptr();
-    view.y_stride = weight.size(0);
-  }
-
-  at::Tensor y, dense_bias;
-  Scale scale;
-  ia3_linear_output view{};
-};
-
-bool is_transposed(const at::Tensor& weight) { return weight.stride(1) != 1 && weight.stride(0) == 1; }
-
-// The outputs of one to IA3_SMALL_OUTPUTS layers of the same input; none where the kernel does not take them.
-std::optional<std::vector<at::Tensor>> cuda_small_linear(const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                                                         const std::vector<OptionalTensor>& biases,
-                                                         const OptionalTensor& input_scale,
-                                                         const std::vector<OptionalTensor>& output_scales,
-                                                         const OptionalTensor& adapter_index, int64_t stream) {
-  BelowAutograd below;
-  const size_t count = weights.size();
-  TORCH_CHECK(count >= 1 && count <= IA3_SMALL_OUTPUTS && biases.size() == count && output_scales.size() == count,
-              "small_linear: got ", count, " weights, ", biases.size(), " biases and ", output_scales.size(),
-              " output scales; expected one to ", IA3_SMALL_OUTPUTS, " of each, None for those that are absent.");
+// (x W^T + b) s on Hopper's tensor cores; undefined where the kernel does not take the arguments. Tile -1: by shape.
+at::Tensor hopper_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& output_scale, int tile) {
+  if (x.scalar_type() == at::kFloat || weight.stride(1) != 1 || x.numel() == 0 || weight.numel() == 0) return {};
+  const Launch launch(x);
   const Rows rows = rows_of(x);
-  if (rows.count > IA3_SMALL_ROWS || x.numel() == 0) return std::nullopt;
-  for (const at::Tensor& weight : weights) {
-    const bool dense = weight.stride(1) == 1 || weight.stride(0) == 1;
-    if (!dense || is_transposed(weight) != is_transposed(weights[0])) return std::nullopt;
-  }
-  const c10::DeviceGuard device(x.device());
-  const Scale s_in(input_scale, input_scale ? adapter_index : std::nullopt);
-  ia3_small_linear_args args{};
-  args.dtype = c_dtype(x);
-  args.rows = rows.count;
-  args.in = rows.cols;
-  args.x = rows.data;
-  args.x_stride = rows.stride;
-  args.input_scale = s_in.view;
-  args.transposed = is_transposed(weights[0]);
-  args.count = int(count);
-  std::vector<LinearOutput> outputs;
-  outputs.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    outputs.emplace_back(x, weights[i], biases[i], output_scales[i], output_scales[i] ? adapter_index : std::nullopt);
-    args.outputs[i] = outputs.back().view;
-  }
-  const at::Tensor workspace = bytes_like(x, ia3_cuda_small_linear_workspace(&args));
-  args.workspace = workspace.mutable_data_ptr();
-  if (!accepted("small_linear", ia3_cuda_small_linear(&args, c_stream(stream)))) return std::nullopt;
-  std::vector<at::Tensor> results;
-  for (const LinearOutput& output : outputs) results.push_back(output.y);
-  return results;
-}
-
-// None where the kernel does not take the arguments. `tile`: a name out of hopper_tiles(), or "auto".
-OptionalTensor cuda_hopper_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                  const OptionalTensor& output_scale, const std::string& tile, int64_t stream) {
-  BelowAutograd below;
-  if (x.scalar_type() == at::kFloat || weight.stride(1) != 1 || x.numel() == 0 || weight.numel() == 0) {
-    return std::nullopt;
-  }
-  const Rows rows = rows_of(x);
-  const c10::DeviceGuard device(x.device());
-  const LinearOutput output(x, weight, bias, output_scale, std::nullopt);
+  const at::Tensor y = at::empty(output_shape(x, weight.size(0)), x.options());
+  const at::Tensor dense_bias = bias ? bias->contiguous() : at::Tensor();
+  const Scale scale(output_scale, std::nullopt);
   ia3_hopper_linear_args args{};
   args.dtype = c_dtype(x);
   args.rows = rows.count;
   args.in = rows.cols;
   args.x = rows.data;
   args.x_stride = rows.stride;
-  args.output = output.view;
-  args.tile = -1;
-  if (tile != "auto") {
-    const char* const* names = ia3_cuda_hopper_tiles();
-    for (int i = 0; names[i] != nullptr; ++i) {
-      if (tile == names[i]) args.tile = i;
-    }
-    TORCH_CHECK(args.tile >= 0, "hopper_linear: there is no tile '", tile, "'; hopper_tiles() has their names.");
-  }
-  const at::Tensor workspace = bytes_like(x, ia3_cuda_hopper_linear_workspace(&args));
+  args.output.out = weight.size(0);
+  args.output.weight = weight.const_data_ptr();
+  args.output.weight_stride = weight.stride(0);
+  args.output.bias = bias ? dense_bias.const_data_ptr() : nullptr;
+  args.output.scale = scale.view;
+  args.output.y = y.mutable_data_ptr();
+  args.output.y_stride = weight.size(0);
+  args.tile = tile;
+  const at::Tensor workspace = bytes_like(x, library.ia3_cuda_hopper_linear_workspace(&args));
   args.workspace = workspace.mutable_data_ptr();
-  if (!accepted("hopper_linear", ia3_cuda_hopper_linear(&args, c_stream(stream)))) return std::nullopt;
-  return output.y;
+  const ia3_status status = library.ia3_cuda_hopper_linear(&args, launch);
+  if (status == IA3_UNSUPPORTED) return {};
+  demand("scaled_linear", status);
+  return y;
+}
+
+// The library's product, and a pass of 2 T N b bytes over it: in place, or from the product that somebody keeps. The
+// product is rounded before it is scaled, as the eager formula does; the pass itself rounds once.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                  const OptionalTensor& adapter_index, at::Tensor* product) {
+  const bool is_scaled = input_scale || output_scale;
+  const LinearRoute route = is_scaled && product == nullptr ? linear_route(x, weight) : LinearRoute{};
+  if (route.route == Route::kTriton) {
+    return linear_by_triton(x, weight, bias, input_scale, output_scale, adapter_index);
+  }
+  const at::Tensor rows =
+      input_scale ? activation(x, std::nullopt, input_scale, Activation::kIdentity, adapter_index, std::nullopt) : x;
+  if (route.route == Route::kCuda && !(adapter_index && output_scale)) {
+    const at::Tensor y = hopper_linear(rows, weight, bias, output_scale, route.tile);
+    if (y.defined()) return y;
+  }
+  const at::Tensor y = at::linear(rows, weight, bias);
+  if (product != nullptr) *product = y;
+  if (!output_scale) return y;
+  return activation(y, std::nullopt, output_scale, Activation::kIdentity, adapter_index,
+                    product == nullptr ? OptionalTensor(y) : std::nullopt);
 }
 
 template <typename T>
@@ -258,20 +321,23 @@ auto listed(const T* first) {
 
 }  // namespace
 
+const Backend kCudaBackend = {activation, activation_backward, linear, scale_pair, scale_pair_backward, scale_weight_};
+
 void bind_cuda(py::module_& module) {
-  using py::arg;
-  module.def("architectures", [] { return listed(ia3_cuda_architectures()); });
-  module.def("sources", &ia3_cuda_sources);
-  module.def("hopper_tiles", [] { return listed(ia3_cuda_hopper_tiles()); });
-  module.def("activation", &cuda_activation, arg("gate"), arg("up"), arg("scale"), arg("activation"),
-             arg("adapter_index"), arg("out"), arg("stream"));
-  module.def("activation_backward", &cuda_activation_backward, arg("grad"), arg("gate"), arg("up"), arg("scale"),
-             arg("activation"), arg("chunks"), arg("output_mask"), arg("stream"));
-  module.def("scale_weight_", &cuda_scale_weight_, arg("weight"), arg("scale"), arg("dim"), arg("stream"));
-  module.def("small_linear", &cuda_small_linear, arg("x"), arg("weights"), arg("biases"), arg("input_scale"),
-             arg("output_scales"), arg("adapter_index"), arg("stream"));
-  module.def("hopper_linear", &cuda_hopper_linear, arg("x"), arg("weight"), arg("bias"), arg("output_scale"),
-             arg("tile"), arg("stream"));
+  module.def("load", &load, py::arg("path"), "Take the kernels of this library. Raises RuntimeError.");
+  module.def("is_loaded", [] { return library.ia3_last_error != nullptr; });
+  module.def("architectures", [] { return listed(library.ia3_cuda_architectures()); });
+  module.def("sources", [] { return library.ia3_cuda_sources(); });
+  module.def("hopper_tiles", [] { return listed(library.ia3_cuda_hopper_tiles()); });
+  module.def(
+      "hopper_linear",
+      [](const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& output_scale,
+         int tile) -> OptionalTensor {
+        const BelowAutograd below;
+        const at::Tensor y = hopper_linear(x, weight, bias, output_scale, tile);
+        return y.defined() ? OptionalTensor(y) : std::nullopt;
+      },
+      py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("output_scale"), py::arg("tile"));
 }
 
 }  // namespace ia3

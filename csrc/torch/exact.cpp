@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
-#include "operators.h"
+#include "backend.h"
 
 namespace ia3 {
 namespace {
@@ -42,23 +42,9 @@ at::Tensor inverse_of(const at::Tensor& scale, at::ScalarType type) {
 
 // A scale for the kernels, with the tensors that own its memory
 struct Scaling {
-  Scaling(std::string_view op, std::string_view name, const at::Tensor& weight, const at::Tensor& given, int64_t dim,
-          const at::Tensor& parity) {
-    TORCH_CHECK(dim == 0 || dim == 1, op, ": dim is ", dim, "; expected 0 (scale the rows) or 1 (the columns).");
-    TORCH_CHECK(given.is_floating_point(), op, ": ", name, " has dtype ", given.scalar_type(),
-                "; expected a floating-point dtype.");
-    TORCH_CHECK(given.device() == weight.device(), op, ": ", name, " is on ", given.device(), ", but the weight is on ",
-                weight.device(), "; move one of them.");
-    const int64_t rows = weight.size(0), cols = weight.size(1);
-    const int64_t groups = dim == 1 && given.dim() == 2 ? given.size(0) : 1;
-    if (dim == 0) {
-      TORCH_CHECK(given.dim() == 1 && given.size(0) == rows, op, ": ", name, " has shape ", given.sizes(),
-                  "; expected [", rows, "].");
-    } else {
-      TORCH_CHECK(given.dim() == 2 && given.size(1) == cols && groups > 0 && rows % groups == 0, op, ": ", name,
-                  " has shape ", given.sizes(), "; expected [groups, ", cols, "], with groups that divide ", rows, ".");
-    }
-    scale = given.to(at::kFloat).contiguous();
+  Scaling(const at::Tensor& weight, const at::Tensor& given, int64_t dim, const at::Tensor& parity) {
+    const int64_t rows = weight.size(0), cols = weight.size(1), groups = dim == 1 ? given.size(0) : 1;
+    scale = as_factors(given);
     const bool is_wide = weight.scalar_type() == at::kFloat;
     inverse = is_wide ? inverse_of<double>(scale, at::kDouble) : inverse_of<float>(scale, at::kFloat);
     args = {dtype_of(weight),
@@ -76,30 +62,12 @@ struct Scaling {
   ExactScaleArgs args;
 };
 
-void check_weight(std::string_view op, const at::Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2, op, ": weight has shape ", weight.sizes(), "; expected [rows, cols].");
-  TORCH_CHECK(weight.numel() == 0 || weight.size(1) == 1 || weight.stride(1) == 1, op, ": weight has strides ",
-              weight.strides(), "; expected adjacent columns, so that rows are what lies together in memory.");
-}
-
 at::ScalarType pattern_type(const at::Tensor& weight) { return weight.element_size() == 2 ? at::kShort : at::kInt; }
 
 int64_t parity_bytes(int64_t cols) { return (cols + 7) / 8; }
 
-void check_residual(std::string_view op, const at::Tensor& weight, const at::Tensor& parity,
-                    const at::Tensor& positions, const at::Tensor& bits) {
-  const int64_t rows = weight.size(0), width = parity_bytes(weight.size(1));
-  TORCH_CHECK(parity.scalar_type() == at::kByte && parity.dim() == 2 && parity.size(0) == rows &&
-                  parity.size(1) == width && parity.is_contiguous(),
-              op, ": parity is ", parity.scalar_type(), " of shape ", parity.sizes(), "; expected uint8 [", rows, ", ",
-              width, "], contiguous.");
-  const auto pattern = pattern_type(weight);
-  TORCH_CHECK(positions.scalar_type() == at::kLong && bits.scalar_type() == pattern && positions.dim() == 1 &&
-                  bits.sizes() == positions.sizes() && positions.is_contiguous() && bits.is_contiguous(),
-              op, ": positions and bits are ", positions.scalar_type(), " and ", bits.scalar_type(), " of shapes ",
-              positions.sizes(), " and ", bits.sizes(), "; expected int64 and ", pattern, " of one length.");
-  TORCH_CHECK(parity.is_cpu() && positions.is_cpu() && bits.is_cpu(), op,
-              ": the residual is not on the weight's device, the CPU; move it.");
+// The residual's values; its shapes were checked with the arguments.
+void check_residual(std::string_view op, const at::Tensor& weight, const at::Tensor& positions) {
   const int64_t* position = positions.const_data_ptr<int64_t>();
   for (int64_t i = 0, previous = -1; i < positions.numel(); previous = position[i++]) {
     TORCH_CHECK(position[i] > previous && position[i] < weight.numel(), op, ": positions[", i, "] is ", position[i],
@@ -245,10 +213,8 @@ class Pass {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_exact_(const at::Tensor& weight, const at::Tensor& scale,
                                                             int64_t dim) {
-  const std::string_view op = "merge_exact_";
-  check_weight(op, weight);
   const at::Tensor parity = at::empty({weight.size(0), parity_bytes(weight.size(1))}, at::kByte);
-  const Scaling to(op, "scale", weight, scale, dim, parity);
+  const Scaling to(weight, scale, dim, parity);
   const at::Tensor none = at::empty({0}, at::kLong), no_bits = at::empty({0}, pattern_type(weight));
   if (weight.numel() == 0) return {parity, none, no_bits};
   const auto [positions, bits] = Pass(weight, nullptr, none, no_bits, &to).run(pattern_type(weight));
@@ -256,8 +222,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_exact_(const at::Tensor& we
 }
 
 at::Tensor stays_finite(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
-  check_weight("stays_finite", weight);
-  const Scaling to("stays_finite", "scale", weight, scale, dim, at::empty({0}, at::kByte));
+  const Scaling to(weight, scale, dim, at::empty({0}, at::kByte));
   std::atomic<bool> finite = true;
   const auto& kernels = cpu::kernels();
   parallel(weight.size(0), weight.numel(), [&](int64_t begin, int64_t end) {
@@ -269,21 +234,16 @@ at::Tensor stays_finite(const at::Tensor& weight, const at::Tensor& scale, int64
 
 void unmerge_exact_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim, const at::Tensor& parity,
                     const at::Tensor& positions, const at::Tensor& bits) {
-  const std::string_view op = "unmerge_exact_";
-  check_weight(op, weight);
-  check_residual(op, weight, parity, positions, bits);
-  const Scaling from(op, "scale", weight, scale, dim, parity);
+  check_residual("unmerge_exact_", weight, positions);
+  const Scaling from(weight, scale, dim, parity);
   if (weight.numel() != 0) Pass(weight, &from, positions, bits, nullptr).run(pattern_type(weight));
 }
 
 std::tuple<at::Tensor, at::Tensor> swap_exact_(const at::Tensor& weight, const at::Tensor& old_scale,
                                                const at::Tensor& new_scale, int64_t dim, const at::Tensor& parity,
                                                const at::Tensor& positions, const at::Tensor& bits) {
-  const std::string_view op = "swap_exact_";
-  check_weight(op, weight);
-  check_residual(op, weight, parity, positions, bits);
-  const Scaling from(op, "old_scale", weight, old_scale, dim, parity);
-  const Scaling to(op, "new_scale", weight, new_scale, dim, parity);
+  check_residual("swap_exact_", weight, positions);
+  const Scaling from(weight, old_scale, dim, parity), to(weight, new_scale, dim, parity);
   if (weight.numel() == 0) return {at::empty({0}, at::kLong), at::empty({0}, pattern_type(weight))};
   return Pass(weight, &from, positions, bits, &to).run(pattern_type(weight));
 }

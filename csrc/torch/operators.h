@@ -52,8 +52,8 @@ IA3_OPERATOR(scaled_activation_backward, Tensor2,
 IA3_OPERATOR(scale_pair, Tensor2, (const at::Tensor& x, const at::Tensor& first, const at::Tensor& second),
              (x, first, second))
 IA3_OPERATOR(scale_pair_backward, Tensor3,
-             (const at::Tensor& grad_first, const at::Tensor& grad_second, const at::Tensor& x,
-              const at::Tensor& first, const at::Tensor& second, std::array<bool, 3> output_mask),
+             (const at::Tensor& grad_first, const at::Tensor& grad_second, const at::Tensor& x, const at::Tensor& first,
+              const at::Tensor& second, std::array<bool, 3> output_mask),
              (grad_first, grad_second, x, first, second, output_mask))
 IA3_OPERATOR(scale_weight_, void, (const at::Tensor& weight, const at::Tensor& scale, int64_t dim),
              (weight, scale, dim))

@@ -1,4 +1,4 @@
-// What every file with Python bindings needs.
+// What every file that meets Python needs.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -11,7 +11,6 @@ namespace ia3 {
 struct BelowAutograd {
   at::AutoDispatchBelowADInplaceOrView autograd;
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
-  pybind11::gil_scoped_release release;
 };
 
 // The submodule of the CUDA kernels.

@@ -1,7 +1,6 @@
 #include "tensors.h"
 
 #include <algorithm>
-#include <array>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -21,14 +20,6 @@ DType dtype_of(const at::Tensor& tensor) {
       TORCH_CHECK(false, "ia3: the native kernels got dtype ", tensor.scalar_type(),
                   "; expected float32, bfloat16 or float16.");
   }
-}
-
-Activation activation_of(std::string_view op, std::string_view name) {
-  static constexpr std::array<std::string_view, 6> kNames = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
-  const auto found = std::find(kNames.begin(), kNames.end(), name);
-  TORCH_CHECK(found != kNames.end(), op, ": activation is '", name, "'; expected one of ", c10::Join(", ", kNames),
-              ".");
-  return static_cast<Activation>(found - kNames.begin());
 }
 
 Rows rows_of(const at::Tensor& x) {
@@ -55,52 +46,23 @@ at::Tensor empty_output(at::IntArrayRef sizes, const at::Tensor& x) {
   return tensor;
 }
 
-void check_scale(std::string_view op, std::string_view name, const OptionalTensor& scale, int64_t size,
-                 const at::Tensor& x, const OptionalTensor& adapter_index) {
-  if (!scale) return;
-  TORCH_CHECK(scale->is_floating_point(), op, ": ", name, " has dtype ", scale->scalar_type(),
-              "; expected a floating-point dtype.");
-  TORCH_CHECK(scale->device() == x.device(), op, ": ", name, " is on ", scale->device(), ", but the input is on ",
-              x.device(), "; move one of them.");
-  if (!adapter_index) {
-    TORCH_CHECK(scale->dim() == 1 && scale->size(0) == size, op, ": ", name, " has shape ", scale->sizes(),
-                "; expected [", size, "] (a two-dimensional scale also needs adapter_index).");
-  } else {
-    TORCH_CHECK(scale->dim() == 2 && scale->size(1) == size, op, ": ", name, " has shape ", scale->sizes(),
-                "; expected [adapters, ", size, "] because adapter_index is given.");
-  }
+at::DimVector output_shape(const at::Tensor& x, int64_t features) {
+  at::DimVector shape(x.sizes().begin(), x.sizes().end() - 1);
+  shape.push_back(features);
+  return shape;
 }
 
-void check_index(std::string_view op, const OptionalTensor& adapter_index, const at::Tensor& x,
-                 std::initializer_list<const OptionalTensor*> scales) {
-  if (!adapter_index) return;
-  int64_t adapters = -1;
-  for (const OptionalTensor* scale : scales) {
-    if (!*scale) continue;
-    adapters = adapters < 0 ? (*scale)->size(0) : std::min(adapters, (*scale)->size(0));
-  }
-  TORCH_CHECK(adapters >= 0, op, ": adapter_index is given, but no scale to index.");
-  TORCH_CHECK(adapter_index->scalar_type() == at::kInt, op, ": adapter_index has dtype ", adapter_index->scalar_type(),
-              "; expected torch.int32.");
-  TORCH_CHECK(adapter_index->sizes() == x.sizes().slice(0, x.dim() - 1), op, ": adapter_index has shape ",
-              adapter_index->sizes(), "; expected the input's batch shape ", x.sizes().slice(0, x.dim() - 1), ".");
-  TORCH_CHECK(adapter_index->device() == x.device(), op, ": adapter_index is on ", adapter_index->device(),
-              ", but the input is on ", x.device(), "; move one of them.");
-  const at::Tensor index = adapter_index->contiguous();
-  const int32_t* values = index.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < index.numel(); ++i) {
-    TORCH_CHECK_INDEX(values[i] >= -1 && values[i] < adapters, "adapter_index holds ", values[i],
-                      "; expected -1 (no adapter) to ", adapters - 1, ", since the scale has ", adapters, " rows.");
-  }
+at::Tensor as_factors(const at::Tensor& scale) {
+  // The tensor operators cost more than a decoding step's kernel: only those that are needed are called.
+  at::Tensor factors = scale.scalar_type() == at::kFloat ? scale : scale.to(at::kFloat);
+  return factors.is_contiguous() ? factors : factors.contiguous();
 }
 
 ScaleRows::ScaleRows(const OptionalTensor& given, const OptionalTensor& adapter_index, int64_t size,
                      bool ones_if_absent)
     : view{nullptr, nullptr, nullptr, size} {
   if (given) {
-    // The tensor operators cost more than a decoding step's kernel: only call those that are needed.
-    scale = given->scalar_type() == at::kFloat ? *given : given->to(at::kFloat);
-    if (!scale.is_contiguous()) scale = scale.contiguous();
+    scale = as_factors(*given);
     if (adapter_index) {
       index = adapter_index->contiguous();
       ones = at::ones({size}, at::kFloat);

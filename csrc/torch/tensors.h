@@ -1,4 +1,4 @@
-// From tensors to the kernels' raw arguments: checks, shapes, scales, threads.
+// From tensors to the kernels' raw arguments: types, rows, scales, threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,7 +6,6 @@
 #include <ATen/Parallel.h>
 
 #include <optional>
-#include <string_view>
 
 #include "../core/arguments.h"
 
@@ -17,9 +16,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 // Elements below which a second thread costs more than it saves
 constexpr int64_t kParallelGrain = 32768;
 
+// Of fp32, bf16 or fp16; the kernels have no other
 DType dtype_of(const at::Tensor& tensor);
-
-Activation activation_of(std::string_view op, std::string_view name);
 
 // A tensor [*, n] seen as [rows, n], with adjacent elements in a row.
 struct Rows {
@@ -30,18 +28,26 @@ struct Rows {
 
 Rows rows_of(const at::Tensor& x);
 
-// An uninitialized contiguous tensor of x's dtype. Large ones ask for huge pages: first touching 4 KiB pages costs more
-// than writing them.
+// An uninitialized contiguous CPU tensor of x's dtype. Large ones ask for huge pages: first touching 4 KiB pages costs
+// more than writing them.
 at::Tensor empty_output(at::IntArrayRef sizes, const at::Tensor& x);
 
-void check_scale(std::string_view op, std::string_view name, const OptionalTensor& scale, int64_t size,
-                 const at::Tensor& x, const OptionalTensor& adapter_index);
+// What stands for a gradient that nobody asked for
+inline at::Tensor nothing_like(const at::Tensor& x) { return at::empty({0}, x.options()); }
 
-// Checks the index's shape, dtype, device and bounds.
-void check_index(std::string_view op, const OptionalTensor& adapter_index, const at::Tensor& x,
-                 std::initializer_list<const OptionalTensor*> scales);
+// The shape [*, features] of a linear layer's output for x [*, in]
+at::DimVector output_shape(const at::Tensor& x, int64_t features);
 
-// Scales converted for the kernels, with the tensors that own their memory.
+// A scale as a vector: one that is shared by all rows may come as PEFT stores it, [n, 1] or [1, n].
+inline at::Tensor as_vector(const at::Tensor& scale) { return scale.dim() == 1 ? scale : scale.view_symint({-1}); }
+inline OptionalTensor as_vector(const OptionalTensor& scale, const OptionalTensor& adapter_index) {
+  return scale && !adapter_index ? OptionalTensor(as_vector(*scale)) : scale;
+}
+
+// A scale as fp32 in adjacent elements: itself where it is that already.
+at::Tensor as_factors(const at::Tensor& scale);
+
+// Scales converted for the CPU's kernels, with the tensors that own their memory.
 struct ScaleRows {
   ScaleRows(const OptionalTensor& scale, const OptionalTensor& adapter_index, int64_t size, bool ones_if_absent);
 
@@ -56,7 +62,12 @@ struct ScaleRows {
 template <typename Function>
 void parallel(int64_t total, int64_t elements, const Function& function) {
   const int64_t each = std::max<int64_t>(1, elements / std::max<int64_t>(1, total));
-  at::parallel_for(0, total, std::max<int64_t>(1, kParallelGrain / each), function);
+  const int64_t grain = std::max<int64_t>(1, kParallelGrain / each);
+  if (total <= grain) {
+    if (total > 0) function(int64_t(0), total);
+    return;
+  }
+  at::parallel_for(0, total, grain, function);
 }
 
 }  // namespace ia3

@@ -1,25 +1,21 @@
 #include "../cpu/kernels.h"
-#include "operators.h"
+#include "native.h"
 
 namespace ia3 {
 
-void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
-  TORCH_CHECK(weight.dim() == 2, "scale_weight_: weight has shape ", weight.sizes(), "; expected [out, in].");
-  TORCH_CHECK(dim == 0 || dim == 1, "scale_weight_: dim is ", dim,
-              "; expected 0 (scale the rows) or 1 (scale the columns).");
-  check_scale("scale_weight_", "scale", scale, weight.size(dim), weight, std::nullopt);
+void native_scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
   const DType dtype = dtype_of(weight);
   if (weight.numel() == 0) return;
   const bool by_rows = weight.stride(1) == 1 || weight.size(1) == 1;
-  if (!by_rows && weight.stride(0) == 1) return scale_weight_(weight.t(), scale, 1 - dim);
+  if (!by_rows && weight.stride(0) == 1) return native_scale_weight_(weight.t(), scale, 1 - dim);
   if (!by_rows) {
     // Neither dimension is dense: a strided slice, which no layer stores.
     const at::Tensor copy = weight.contiguous();
-    scale_weight_(copy, scale, dim);
+    native_scale_weight_(copy, scale, dim);
     weight.copy_(copy);
     return;
   }
-  const at::Tensor factors = scale.to(at::kFloat).contiguous();
+  const at::Tensor factors = as_factors(scale);
   const float* s = factors.const_data_ptr<float>();
   const auto& kernels = cpu::kernels();
   parallel(weight.size(0), weight.numel(), [&](int64_t begin, int64_t end) {

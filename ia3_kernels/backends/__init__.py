@@ -1,7 +1,8 @@
 """Which implementation runs an operator, and why.
 
-A backend is one file that ends in a `Backend`; adding one is that file and its line in `_BACKENDS`. The dispatcher sees
-a single kernel per operator, which asks `choose`. Backends stand in order of preference.
+A backend is one file that ends in a `Backend`; adding one is that file and its line in `_BACKENDS`. They stand in order
+of preference. The dispatcher sees a single kernel per operator: the native library's, which asks here once for each
+device and dtype, or where there is none, the ones at the end of this file.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .. import target
-from ..schemas import LIBRARY, SCHEMAS
+from .. import matmul, measured, target
+from ..chunks import chunks_by_adapter
+from ..schemas import COMPILED, EXACT, LIBRARY, SCHEMAS, check_arguments
+from ..tuning import activation_launch
 from . import cuda, native, reference, triton
 from .base import Backend
 
-_BACKENDS: tuple[Backend, ...] = (native.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
+_BACKENDS: tuple[Backend, ...] = (native.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,12 @@ def _warn_fallback(problem: str) -> None:
 
 @functools.cache
 def choose(op: str, device_type: str, dtype: torch.dtype) -> tuple[Backend, str]:
-    """The backend for `op` on tensors of this device and dtype, with the reason."""
+    """Return the backend for `op` on tensors of this device and dtype, with the reason."""
     requested = target.requested_backend()
     if requested != "auto":
         backend = get(requested)
+        if op not in backend.operators and op not in backend.compiled:
+            return reference.BACKEND, f"{requested} has no kernel for it"
         gap = backend.gap(op, device_type, dtype)
         if gap is not None:
             raise RuntimeError(
@@ -78,51 +86,147 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> tuple[Backend, str]
             )
         return backend, f"asked for by {target.BACKEND_VARIABLE}={requested}"
     passed_over: list[str] = []
+    problems: list[str] = []
     for backend in _BACKENDS:
         problem = backend.unavailable()
         gap = problem or backend.gap(op, device_type, dtype)
         if gap is None:
-            reason = "; ".join(passed_over) or f"first choice for {device_type}"
-            return backend, reason
+            if backend is reference.BACKEND and problems:
+                _warn_fallback("; ".join(problems))
+            return backend, "; ".join(passed_over) or f"first choice for {device_type}"
         passed_over.append(f"{backend.name}: {gap}")
         if problem is not None and device_type in backend.device_types:
-            _warn_fallback(problem)
+            problems.append(problem)
     raise RuntimeError(f"{op}: no backend runs {dtype} on {device_type}: {'; '.join(passed_over)}")
+
+
+def prefers_native() -> bool:
+    """Return whether CPU tensors run in the compiled kernels, as far as their device and dtype are concerned."""
+    return target.requested_backend() in ("auto", "native") and native.BACKEND.unavailable() is None
+
+
+def refresh() -> None:
+    """Choose anew from here on.
+
+    What runs an operator is chosen at its first call for a device, dtype and, for a GPU's matmul, shape, from
+    IA3_BACKEND, IA3_GPU_MATMUL and what `ia3 tune` has measured. Call this after one of them has changed.
+    """
+    choose.cache_clear()
+    library = target.native_library()
+    if isinstance(library, ModuleType):
+        library.forget_choices()
 
 
 def explain(
     op: str,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     shape: Sequence[int] | None = None,
 ) -> Choice:
     """Say which backend will run an operator, and why.
 
-    op: a name in the ``ia3::`` namespace. shape: for ``scaled_linear``, ``(rows, out_features, in_features)``, on which
-    its matmul depends. Raises ValueError for an unknown operator or shape.
+    Args:
+        op: a name in the ``ia3::`` namespace.
+        device: where its tensors are; by default the GPU, where there is one.
+        dtype: of its tensors.
+        shape: for ``scaled_linear``, ``(rows, out_features, in_features)``, on which its matmul depends.
+
+    Raises:
+        ValueError: the operator or the shape is none.
+        RuntimeError: a backend was asked for by name that cannot run it.
     """
     if op not in SCHEMAS:
         raise ValueError(f"explain: there is no operator {op!r}; expected one of {', '.join(SCHEMAS)}.")
     if shape is not None and op == "scaled_linear" and len(shape) != 3:
         raise ValueError(f"explain: shape is {tuple(shape)}; expected (rows, out_features, in_features).")
-    device = torch.device(device)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     backend, reason = choose(op, device.type, dtype)
     detail = backend.detail(op, device, dtype, shape)
     return Choice(backend.name, f"{reason}; {detail}" if detail else reason)
 
 
-def run(op: str, first: torch.Tensor, *args: object, **kwargs: object) -> object:
-    """Run an operator on the backend of its first tensor, with no gradient recorded."""
+# --- what the native library asks for (csrc/torch/python_backend.cpp) ----------------------------------------------
+
+
+def run(op: str, first: Tensor, *args: Any) -> Any:
+    """Run an operator of a backend written in Python; checked arguments, no gradient recorded."""
     backend, _ = choose(op, first.device.type, first.dtype)
-    return backend.operators[op](first, *args, **kwargs)
+    return backend.operators[op](first, *args)
+
+
+def linear_route(x: Tensor, rows: int, outputs: int, inputs: int, is_transposed: bool) -> tuple[str, int]:
+    """Return how a GPU computes this product, ``library``, ``triton`` or ``cuda``, and the number of cuda's tile."""
+    route = measured.linear_route(x.device.index, rows, outputs, inputs, x.dtype, is_transposed)
+    tiles = target.hopper_tiles() if route.name == "cuda" else []
+    return route.name, tiles.index(route.tile) if route.tile in tiles else -1
+
+
+def linear_by_triton(x: Tensor, *args: Any) -> Tensor:
+    """Run ``scaled_linear`` in Triton, with the launch that was measured for its shape."""
+    return triton.on_its_device(matmul.by_triton)(x, *args)  # type: ignore[no-any-return]
+
+
+def chunks(adapter_index: Tensor, adapters: int, gate: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows of each adapter as the CUDA kernels sum them: the tensors of ``Chunks``, all int32."""
+    index = adapter_index.reshape(-1)
+    launch = activation_launch(index.numel(), gate.shape[-1], gate.element_size(), is_backward=True)
+    order, *rest = chunks_by_adapter(index, adapters, launch.CHUNK)
+    return order.to(torch.int32), *rest
+
+
+# --- registration --------------------------------------------------------------------------------------------------
+
+
+def _scaled_linear_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    output_scale: Tensor,
+    adapter_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    input_index = None if input_scale is None else adapter_index
+    product = run("scaled_linear", x, weight, bias, input_scale, None, input_index)
+    return run("scaled_activation", product, output_scale, "identity", adapter_index), product
 
 
 def _register(op: str) -> None:
-    kernel = functools.partial(run, op)
+    """Register an operator whose kernel Python finds."""
 
-    # One kernel for every device: `choose` knows the device, so the dispatcher need not.
+    execute = functools.partial(run, op) if op != "scaled_linear_product" else _scaled_linear_product
+
+    def kernel(first: Tensor, *args: Any) -> Any:
+        check_arguments(op, first, *args)
+        return execute(first, *args)
+
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
 
 
-for _op in SCHEMAS:
-    _register(_op)
+def _register_in_place(op: str) -> None:
+    """Tell autograd of an operator that writes over its first argument, and is not differentiable."""
+    operator = getattr(torch.ops.ia3, op)
+
+    def kernel(weight: Tensor, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in (weight, *args)):
+            raise RuntimeError(
+                f"{op}: weight or scale requires grad, and an in-place scaling is not differentiable; "
+                "call it under torch.no_grad()."
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            result = operator(weight, *args)
+        torch.autograd.graph.increment_version(weight)
+        return result
+
+    LIBRARY.impl(op, kernel, "Autograd")
+
+
+def _register_all() -> None:
+    is_built = isinstance(target.native_library(), ModuleType)
+    for op in EXACT if is_built else (*EXACT, *COMPILED):
+        if op not in ("gated_mlp", "mlp"):  # made of others, in autograd.py
+            _register(op)
+        if op.endswith("_"):
+            _register_in_place(op)
+
+
+_register_all()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 
 def _always() -> str | None:
@@ -17,17 +16,14 @@ def _no_detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequenc
     return ""
 
 
-def _never(x: Tensor, weight: Tensor, output_scale: Tensor) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Backend:
     """A set of operator implementations for some devices and dtypes.
 
-    `unavailable` says in words why the backend cannot run in this process, or None. `recovers_product` says whether the
-    output of ``scaled_linear`` determines the unscaled product well enough for exact gradients, so that autograd may
-    keep the output alone. `detail` adds how an operator will run, for `explain`.
+    operators: those written in Python, by name; they get checked arguments and record no gradient.
+    compiled: the names of those that the native library calls by itself (csrc/torch/backend.h).
+    unavailable: says in words why the backend cannot run in this process, or None.
+    detail: adds how an operator will run, for `explain`.
     """
 
     name: str
@@ -35,16 +31,16 @@ class Backend:
     device_types: frozenset[str]
     dtypes: frozenset[torch.dtype]
     operators: Mapping[str, Callable[..., object]]
+    compiled: frozenset[str] = frozenset()
     unavailable: Callable[[], str | None] = field(default=_always)
-    recovers_product: Callable[[Tensor, Tensor, Tensor], bool] = field(default=_never)
     detail: Callable[[str, torch.device, torch.dtype, Sequence[int] | None], str] = field(default=_no_detail)
 
     def gap(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-        """Why this backend does not run `op` for that device and dtype, or None where it does."""
+        """Return why this backend does not run `op` for that device and dtype, or None where it does."""
         if self.device_types and device_type not in self.device_types:
             return f"it runs on {', '.join(sorted(self.device_types))} tensors and these are on {device_type}"
         if dtype not in self.dtypes:
             return f"it has no {str(dtype).removeprefix('torch.')} kernels"
-        if op not in self.operators:
+        if op not in self.operators and op not in self.compiled:
             return f"it does not implement {op}"
         return None

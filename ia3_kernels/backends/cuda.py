@@ -1,23 +1,14 @@
-"""The compiled CUDA kernels of ``csrc/`` as a backend."""
+"""The compiled CUDA kernels of ``csrc/cuda`` as a backend."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from .. import cuda, matmul, target
-from . import activations
+from .. import matmul, target
+from ..schemas import COMPILED
 from .base import Backend
-
-
-def _operators() -> Mapping[str, Callable[..., object]]:
-    return {
-        "scaled_linear": functools.partial(matmul.scaled_linear, cuda.forward),
-        "scale_weight_": cuda.scale_weight_,
-        **activations.operators(cuda.forward, cuda.backward),
-    }
 
 
 def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
@@ -29,7 +20,8 @@ BACKEND = Backend(
     description="compiled CUDA kernels",
     device_types=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-    operators=_operators(),
+    operators={},
+    compiled=frozenset(COMPILED),
     unavailable=target.cuda_problem,
     detail=_detail,
 )

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from .. import target
-from ..schemas import SCHEMAS
+from ..schemas import COMPILED, EXACT
 from .base import Backend
 
 _library = target.native_library()
@@ -27,11 +26,7 @@ def _unavailable() -> str | None:
 def _operators() -> Mapping[str, Callable[..., object]]:
     if not isinstance(_library, ModuleType):
         return {}
-    return {op: getattr(_library, op) for op in SCHEMAS}
-
-
-def _recovers_product(x: Tensor, weight: Tensor, output_scale: Tensor) -> bool:
-    return isinstance(_library, ModuleType) and bool(_library.recovers_product(x, weight, output_scale))
+    return {op: getattr(_library, op) for op in EXACT}
 
 
 def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
@@ -49,7 +44,7 @@ BACKEND = Backend(
     device_types=frozenset({"cpu"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
     operators=_operators(),
+    compiled=frozenset(COMPILED),
     unavailable=_unavailable,
-    recovers_product=_recovers_product,
     detail=_detail,
 )

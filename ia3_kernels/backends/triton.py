@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import matmul, target
-from . import activations
 from .base import Backend
 
 
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; make that the one of the first tensor."""
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the first tensor's device the current one, on which Triton launches."""
 
     @functools.wraps(function)
     def launch(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -26,17 +26,48 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
+def _activations(
+    forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> Mapping[str, Callable[..., Any]]:
+    """Return the four operators of activations around two functions, whose ``up`` is None where there is no gate."""
+
+    def scaled_activation_backward(
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor | None,
+        activation: str,
+        adapter_index: Tensor | None,
+        output_mask: Sequence[bool],
+    ) -> tuple[Tensor, Tensor]:
+        wants_x, wants_scale = output_mask
+        grad_x, _, grad_scale = backward(grad, x, None, scale, activation, adapter_index, (wants_x, False, wants_scale))
+        return grad_x, grad_scale
+
+    return {
+        "gated_activation": lambda gate, up, scale=None, activation="silu", adapter_index=None: forward(
+            gate, up, scale, activation, adapter_index
+        ),
+        "scaled_activation": lambda x, scale=None, activation="silu", adapter_index=None: forward(
+            x, None, scale, activation, adapter_index
+        ),
+        "gated_activation_backward": backward,
+        "scaled_activation_backward": scaled_activation_backward,
+    }
+
+
 def _operators() -> Mapping[str, Callable[..., object]]:
     if target.triton_problem() is not None:
         return {}
-    from ..triton import activation, weight
+    from ..triton import activation, scale_pair, weight
 
     functions: dict[str, Callable[..., Any]] = {
         "scaled_linear": functools.partial(matmul.scaled_linear, activation.forward),
         "scale_weight_": weight.scale_weight_,
-        **activations.operators(activation.forward, activation.backward),
+        "scale_pair": scale_pair.forward,
+        "scale_pair_backward": scale_pair.backward,
+        **_activations(activation.forward, activation.backward),
     }
-    return {op: _on_its_device(function) for op, function in functions.items()}
+    return {op: on_its_device(function) for op, function in functions.items()}
 
 
 def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:

@@ -5,7 +5,6 @@ They are what is left of a step: queries, the attention's output, the language m
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +20,7 @@ def patch(model: nn.Module) -> None:
     Whether it is the faster one is asked in every call: layers move, and may be trained again.
     """
     inside = {id(layer._modules["base_layer"]) for layer in model.modules() if is_scaled(layer)}
-    if not inside or ia3_kernels.explain("scaled_linear", "cpu", torch.bfloat16).backend != "native":
+    if not inside or not ia3_kernels.backends.prefers_native():
         return
     for layer in model.modules():
         if type(layer) not in (nn.Linear, Conv1D) or id(layer) in inside or forwards.is_replaced(layer):

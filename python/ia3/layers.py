@@ -92,8 +92,8 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
 def effective_scale(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What scales ``layer`` on the input ``x`` ``[*, in]``, and its ``adapter_index``; ``None`` for either.
 
-    The product of the active adapters' vectors, ``[n]``, without an index; in a batch of several adapters their
-    vectors, ``[adapters, n]``, with one, of shape ``[*]`` (of convolutions: ``[N]``).
+    The product of the active adapters' vectors as they are stored (``[n, 1]``, ``[1, n]``), without an index; in a
+    batch of several adapters their vectors, ``[adapters, n]``, with one, of shape ``[*]`` (of convolutions: ``[N]``).
     """
     if layer._disable_adapters or layer.merged_adapters:
         return None, None
@@ -110,7 +110,7 @@ def effective_scale(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor 
     scale: Tensor | None = None
     for vector in running:
         scale = vector if scale is None else scale * vector
-    return (None if scale is None else scale.reshape(-1)), None
+    return scale, None
 
 
 def active_vectors(layer: nn.Module, names: Iterable[str] | None = None) -> tuple[Tensor, ...]:
@@ -197,6 +197,7 @@ def _scale_channels(base: nn.Module, x: Tensor, scale: Tensor, index: Tensor | N
     if index is not None:
         scales = torch.cat([scale, scale.new_ones(1, scale.shape[1])])[index]  # [N, C]; -1 is the last row
         return (x * scales.reshape(*scales.shape, *(1,) * spatial)).to(x.dtype)
+    scale = scale.reshape(-1)
     last = x.movedim(-1 - spatial, -1)
     if last.is_contiguous():  # channels_last
         return scaled_activation(last, scale, "identity").movedim(-1, -1 - spatial)

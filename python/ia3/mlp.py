@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
 
-from ia3_kernels import gated_activation, scaled_activation
+from ia3_kernels import gated_activation, gated_mlp, mlp, scaled_activation
 
 from . import forwards, frozen, quantized
-from .layers import ScaledLayer, effective_scale, is_untouched, project
+from .layers import ScaledLayer, effective_scale, is_untouched, plain_weight, project
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,9 @@ def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
         y = getattr(type(block), row.method)(block, x)
         return y
     activation: Any = activation_name(_activation_of(inner, row))
+    whole = None if index is not None or row.is_joined else _run_as_one(inner, down, row, x, scale, activation)
+    if whole is not None:
+        return _finish(outer, row, whole, x)
     up = project(inner._modules[row.up], x)
     if row.is_joined:
         gate, up = up.chunk(2, dim=-1)
@@ -254,12 +257,57 @@ def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
     base: Any = down._modules["base_layer"]
     if row.casts and hidden.dtype != base.weight.dtype and base.weight.is_floating_point():
         hidden = hidden.to(base.weight.dtype)
-    y = project(base, hidden)
+    return _finish(outer, row, project(base, hidden), x)
+
+
+def _finish(outer: Any, row: Row, y: Tensor, x: Tensor) -> Tensor:
+    """Apply what stands behind the down projection."""
     if row.after is not None:
         y = outer._modules[row.after](y)
     if row.norm is not None:
         y = outer._modules[row.norm](y + x)
     return y
+
+
+def _frozen_parts(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Return the weight, the bias and the input vector of a projection whose parameters are frozen; None for others."""
+    scale: Tensor | None = None
+    if isinstance(layer, ScaledLayer):
+        if not is_untouched(layer):
+            return None
+        scale, index = effective_scale(layer, x)
+        if (
+            index is not None
+            or (scale is None and layer.merged_adapters)
+            or (scale is not None and not layer.is_feedforward)
+        ):
+            return None
+        layer = layer._modules["base_layer"]
+    weight = plain_weight(layer)
+    if weight is None:
+        return None
+    bias = layer._parameters["bias"]
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
+    return weight, bias, scale
+
+
+def _run_as_one(inner: Any, down: Any, row: Row, x: Tensor, scale: Tensor, activation: str) -> Tensor | None:
+    """Run the block as one operator with one autograd node; None where its weights or what stands between forbid it."""
+    if row.dropout is not None:
+        dropout = inner._modules[row.dropout]
+        if not is_untouched(dropout) or (dropout.training and getattr(dropout, "p", 1.0) > 0):
+            return None
+    base = down._modules["base_layer"]
+    last, up = _frozen_parts(base, x), _frozen_parts(inner._modules[row.up], x)
+    if last is None or up is None or last[0].dtype != up[0].dtype:
+        return None
+    if row.gate is None:
+        return mlp(x, up[0], last[0], scale, activation, up[1], last[1]) if up[2] is None else None
+    gate = _frozen_parts(inner._modules[row.gate], x)
+    if gate is None or any(bias is not None for bias in (gate[1], up[1], last[1])):
+        return None
+    return gated_mlp(x, gate[0], up[0], last[0], scale, activation, gate[2], up[2])
 
 
 def patch_of(block: nn.Module) -> Row | None:

@@ -99,8 +99,8 @@ def test_two_processes_train_as_one(
     result = results[case, kind]
     assert_within_rounding(result, alone[kind], alone["oracle"], torch.float32)
     assert result["losses"][-1] < result["losses"][0]
-    # Two layers, three steps; five matmuls a layer are scaled or feed the fused activation.
-    assert result["counts"] == {"gated_activation": 6, "scaled_linear": 30}
+    # Two layers, three steps; of each layer keys and values, and the block as one.
+    assert result["counts"] == {"gated_mlp": 6, "scaled_linear": 12}
     assert result.get("is_sharded", True)
 
 
@@ -115,7 +115,7 @@ def test_sixteen_bits_are_as_exact_as_with_peft(
     """
     result = results[case, kind]
     assert_within_rounding(result, results[case, "peft"], alone["oracle"], torch.bfloat16)
-    assert result["counts"]["gated_activation"] == 6
+    assert result["counts"]["gated_mlp"] == 6
     assert {vector.dtype for vector in result["vectors"].values()} == {torch.float32}
     assert results["sharded_mixed_dtypes", kind]["dtypes"] == {torch.float32, torch.bfloat16}
 

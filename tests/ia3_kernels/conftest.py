@@ -5,14 +5,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import ia3_kernels as kernels
 from ia3_kernels import backends, target
+
+from . import emulated_bindings
 
 # Triton decides when it is imported whether it interprets, so these tests have a process of their own (make test).
 collect_ignore = [] if target.is_interpreted() else ["test_triton_interpreted.py"]
 
-# Where the public functions run: on the CPU, on a GPU, or on the CPU through the interpreted Triton kernels.
-PLACES = ["triton"] if target.is_interpreted() else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# Where the public functions run: on the CPU, on a GPU, or on the CPU through Triton's interpreter or emulated CUDA.
+PLACES = ["triton"] if target.is_interpreted() else ["cpu"]
+if not target.is_interpreted():
+    PLACES += ["emulated"] if emulated_bindings.AVAILABLE else []
+    PLACES += ["cuda"] if torch.cuda.is_available() else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,9 +49,12 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             yield request.param
     elif request.param == "triton":
         monkeypatch.setenv(target.BACKEND_VARIABLE, "triton")
-        monkeypatch.setattr(kernels, "_direct", None)  # decided by the variable, at import
-        backends.choose.cache_clear()
+        backends.refresh()
         yield request.param
-        backends.choose.cache_clear()
+        monkeypatch.undo()
+        backends.refresh()
+    elif request.param == "emulated":
+        with emulated_bindings.backend(monkeypatch):
+            yield request.param
     else:
         yield request.param

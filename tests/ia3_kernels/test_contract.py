@@ -38,12 +38,18 @@ def _samples(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         (ops.scale_weight_, (weight.clone(), s6, 1)),
         (ops.gated_activation_backward, (gate, gate, up, s6, "silu", None, [True, False, True])),
         (ops.scaled_activation_backward, (x, x, s6, "silu", None, [True, True])),
+        (ops.scaled_linear_product, (x, weight, bias, s6, s5, None)),
+        (ops.scale_pair, (gate, s6, torch.randn(6))),
+        (ops.scale_pair_backward, (gate, up, gate, s6, s6, [True, False, True])),
+        (ops.gated_mlp, (grad(gate), weight, weight.clone(), weight.t().contiguous(), grad(s5))),
+        (ops.gated_mlp, (grad(x), weight, weight.clone(), weight.t().contiguous(), None, "gelu", grad(s6), grad(s6))),
+        (ops.mlp, (grad(x), weight, weight.t().contiguous(), grad(s5), "relu", bias, None)),
     ]
 
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sample", range(10))
+@pytest.mark.parametrize("sample", range(16))
 def test_opcheck(dtype: torch.dtype, sample: int) -> None:
     operator, args = _samples(dtype)[sample]
     # Traced, the unscaled product is kept, and in bf16 it rounds where the output does not: hence the tolerance.
@@ -73,6 +79,10 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("gated_activation", (X, X, S6, "swish"), r"activation is 'swish'; expected one of silu, gelu"),
     ("scaled_activation", (torch.tensor(1.0),), r"x has no dimensions"),
     ("scaled_activation", (X, torch.ones(7)), r"scale has shape \[7\]; expected \[6\]"),
+    ("gated_mlp", (X, W, W, W), r"scaled_linear: x has shape \[3, 5\], but weight has in_features 6"),
+    ("gated_mlp", (X, W, torch.randn(4, 6), W.t()), r"gated_activation: up has shape \[3, 4\], but gate has \[3, 5\]"),
+    ("gated_mlp", (X, W, W, W.t(), S6), r"gated_activation: scale has shape \[6\]; expected \[5\]"),
+    ("mlp", (X, W, W.t(), None, "silu", torch.randn(4)), r"bias has shape \[4\]; expected \[5\]"),
     ("scale_weight_", (W.clone(), S6, 2), r"dim is 2; expected 0 .* or 1"),
     ("scale_weight_", (W.clone(), S6, 0), r"scale has shape \[6\]; expected \[5\]"),
 ]
@@ -93,7 +103,7 @@ def test_bad_arguments_get_a_sentence(case: int, path: str) -> None:
     call: Callable[..., Any] = {
         "public": lambda *a: getattr(kernels, name)(*a),
         "dispatcher": lambda x, *a: getattr(ops, name)(x.clone().requires_grad_(first_needs_grad), *a),
-        "reference": reference.OPERATORS[name],
+        "reference": reference.OPERATORS.get(name, getattr(kernels, name)),
         "fake": lambda *a: getattr(ops, name)(*(t.to("meta") if isinstance(t, Tensor) else t for t in a)),
     }[path]
     with pytest.raises((RuntimeError, ValueError), match=message):
@@ -109,7 +119,7 @@ def test_an_adapter_index_out_of_range_is_never_read(function: Callable[..., Any
 
 
 def test_unsupported_dtypes_and_devices_get_a_sentence() -> None:
-    with pytest.raises(RuntimeError, match=r"no backend runs torch\.int64"):
+    with pytest.raises(RuntimeError, match=r"x has dtype torch\.int64; expected one of torch\.float32, "):
         kernels.scaled_activation(torch.ones(2, 2, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="weight is on meta, but x is on cpu"):
         kernels.scaled_linear(X, W.to("meta"))
@@ -194,22 +204,53 @@ def test_modes_and_subclasses_reach_the_dispatcher() -> None:
 
 
 @needs_native
-def test_the_short_cut_is_taken_where_nothing_is_in_its_way_and_only_there() -> None:
-    library: Any = target.native_library()
+def test_the_fast_path_leaves_to_torch_what_it_cannot_do() -> None:
+    fast: Any = target.native_library().fast  # type: ignore[union-attr]
     arguments = (X, W, None, S6, None, None)
     parameters = tuple(torch.nn.Parameter(a) if isinstance(a, Tensor) else a for a in arguments)
-    assert torch.equal(library.direct.scaled_linear(*arguments), kernels.scaled_linear(X, W, None, S6))
-    assert library.direct.gated_activation(X, X, S6, "silu", None) is not None
-    assert library.direct.scaled_activation(X, None, "silu", None) is not None
-    assert library.direct.scaled_linear(*parameters) is None
-    with torch.no_grad():
-        assert library.direct.scaled_linear(*parameters) is not None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert library.direct.scaled_linear(*arguments) is None
-    assert library.direct.scaled_linear(X.double(), W.double(), None, None, None, None) is None
-    assert library.direct.scaled_linear(X.to("meta"), W.to("meta"), None, None, None, None) is None
-    with torch.inference_mode():
-        assert library.direct.scaled_linear(*parameters) is not None
+    expected = kernels.scaled_linear(X, W, None, S6)
+    assert torch.equal(fast.scaled_linear(*arguments), expected)
+    assert torch.equal(fast.scaled_linear(*parameters), expected)
+    assert fast.scaled_linear(*parameters).grad_fn is not None
+    assert fast.scaled_linear(X.tolist(), *arguments[1:]) is None
+    assert fast.scaled_linear(X) is None
+    assert fast.gated_activation(X, X, S6, 3, None) is None
+    with torch.overrides.TorchFunctionMode():
+        assert fast.scaled_linear(*arguments) is None
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert fast.scaled_linear(mode.from_tensor(X), mode.from_tensor(W), None, None, None, None) is None
+
+
+def test_what_is_neither_tensor_nor_none_gets_a_sentence() -> None:
+    with pytest.raises((RuntimeError, TypeError), match="scaled_linear"):
+        kernels.scaled_linear([1.0], W)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("place")
+def test_forward_mode_differentiation_is_refused() -> None:
+    x, weight, scale = (_here(t) for t in (X, W, S6))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            kernels.scaled_linear(dual, weight, None, scale)
+
+
+@pytest.mark.usefixtures("place")
+def test_results_are_written_where_the_caller_says() -> None:
+    gate, up, scale = (torch.randn(4, 6) for _ in range(3))
+    scale = scale[0]
+    out = torch.full_like(gate, float("nan"))
+    assert kernels.gated_activation(gate, up, scale, out=out) is out
+    assert torch.equal(out, kernels.gated_activation(gate, up, scale))
+    version = out._version
+    assert kernels.scaled_activation(gate, scale, "relu", out=out) is out
+    assert torch.equal(out, kernels.scaled_activation(gate, scale, "relu"))
+    assert out._version > version
+    for wrong in (out[:3], out.double(), torch.empty(6, 4).t()):
+        with pytest.raises(RuntimeError, match=r"scaled_activation: out is .*; expected a contiguous"):
+            kernels.scaled_activation(gate, scale, out=wrong)
+    with pytest.raises(RuntimeError, match="out is given where a gradient is recorded"):
+        kernels.scaled_activation(gate.clone().requires_grad_(), scale, out=out)
 
 
 def test_a_first_call_in_inference_mode_leaves_training_working() -> None:
@@ -246,16 +287,44 @@ def test_an_input_scale_behind_an_activation_keeps_gate_and_up_alone() -> None:
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (gate, up, scale)}
 
 
-@needs_native
-@pytest.mark.parametrize(("scale", "keeps_output"), [(torch.ones(5), True), (torch.tensor([1.0, 0, 1, 1, 1]), False)])
-def test_an_output_scale_keeps_the_output_or_the_product(scale: Tensor, keeps_output: bool) -> None:
-    x, scale = torch.randn(3, 6, requires_grad=True), scale.clone().requires_grad_()
-    y, kept = _kept(lambda: kernels.scaled_linear(x, W, None, None, scale))
-    large = [t for t in kept if t.shape == y.shape]
-    assert len(large) == 1
-    assert (large[0].data_ptr() == y.data_ptr()) == keeps_output
-    # x is not kept: nothing that needs a gradient depends on it
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("change", [torch.relu_, lambda y: y.add_(1.0), lambda y: y.mul_(2.0)])
+def test_an_output_may_be_written_over(change: Callable[[Tensor], Tensor]) -> None:
+    """What stands behind a layer may work in place (``nn.ReLU(inplace=True)``, ``y += residual``)."""
+    leaves = [torch.randn(shape).requires_grad_() for shape in ((3, 6), (5, 6), (5,), (6,), (5,))]
+    x, weight, bias, input_scale, output_scale = leaves
+    results, expected = (
+        torch.autograd.grad(change(y).square().sum(), leaves)
+        for y in (
+            kernels.scaled_linear(x, weight, bias, input_scale, output_scale),
+            torch.nn.functional.linear(x * input_scale, weight, bias) * output_scale,
+        )
+    )
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("place")
+def test_an_output_scale_keeps_the_product_and_not_x() -> None:
+    x, scale = torch.randn(3, 6, requires_grad=True), torch.randn(5, requires_grad=True)
+    weight = _here(W)
+    y, kept = _kept(lambda: kernels.scaled_linear(x, weight, None, None, scale))
+    (product,) = (t for t in kept if t.shape == y.shape)
+    torch.testing.assert_close(product, x.detach() @ weight.t())
     assert not any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("scales_inputs", [False, True])
+def test_a_block_keeps_gate_and_up_alone(scales_inputs: bool) -> None:
+    x, scale = torch.randn(4, 6, requires_grad=True), torch.randn(5, requires_grad=True)
+    gate_weight, up_weight, down_weight = torch.randn(5, 6), torch.randn(5, 6), torch.randn(6, 5)
+    pair = [torch.randn(6, requires_grad=True) for _ in range(2)] if scales_inputs else []
+    _, kept = _kept(lambda: kernels.gated_mlp(x, gate_weight, up_weight, down_weight, scale, "silu", *pair))
+    known = {t.data_ptr() for t in (gate_weight, up_weight, down_weight, scale, *pair)}
+    others = [t for t in kept if t.data_ptr() not in known]
+    assert sum(t.shape == (4, 5) for t in others) == 2
+    assert [t.data_ptr() for t in others if t.shape != (4, 5)] == ([x.data_ptr()] if scales_inputs else [])
 
 
 # --- backends ----------------------------------------------------------------------------------------------------
@@ -271,7 +340,7 @@ def test_explain_names_the_backend_and_the_reason() -> None:
 
 def test_backends_by_name() -> None:
     assert backends.get("reference").name == "reference"
-    names = ["native", "triton", "cuda", "reference"]
+    names = ["native", "cuda", "triton", "reference"]
     with pytest.raises(ValueError, match=f"there is no backend 'tpu'; expected one of {str(names)[1:-1]}"):
         backends.get("tpu")
     assert [status.name for status in backends.report()] == names

@@ -28,9 +28,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(problem)
     monkeypatch.setenv(target.BACKEND_VARIABLE, request.param)
     monkeypatch.setenv(target.GPU_MATMUL_VARIABLE, request.param)
-    backends.choose.cache_clear()
+    backends.refresh()
     yield request.param
-    backends.choose.cache_clear()
+    monkeypatch.undo()
+    backends.refresh()
 
 
 def _calls(device: str = "cuda") -> dict[str, tuple[Callable[..., Tensor], list[Any]]]:
@@ -43,6 +44,10 @@ def _calls(device: str = "cuda") -> dict[str, tuple[Callable[..., Tensor], list[
         "scaled_linear": (lambda x, w, s: kernels.scaled_linear(x, w, output_scale=s), [x, weight, scale]),
         "gated_activation": (lambda g, u, s: kernels.gated_activation(g, u, s), [x, up, vectors[0]]),
         "adapters": (lambda g, u, s, i: kernels.gated_activation(g, u, s, "silu", i), [x, up, vectors, index]),
+        "gated_mlp": (
+            lambda x, g, u, d, s, a, b: kernels.gated_mlp(x, g, u, d, s, "silu", a, b),
+            [x, weight, weight.flip(0), weight.t().contiguous(), scale, vectors[1], vectors[2]],
+        ),
         "scaled_activation": (lambda x, s: kernels.scaled_activation(x, s, "gelu"), [x, vectors[0]]),
     }
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import ia3_kernels as kernels
 from ia3_kernels import backends, target
+from ia3_kernels.schemas import SCHEMAS
 
-from . import emulated, emulated_bindings
+from . import emulated_bindings
 from .helpers import DTYPES, assert_accurate, eager_activation_backward, error, needs_native, poison_new_memory
 
 BACKENDS = [status.name for status in backends.report() if status.available]
@@ -24,7 +25,7 @@ def _runs() -> list[tuple[str, str]]:
     if target.is_interpreted():
         return [("triton", "cpu")]
     runs = [(name, "cpu") for name in BACKENDS if name not in ("triton", "cuda")]
-    if emulated.COMPILER is not None:
+    if emulated_bindings.AVAILABLE:
         runs += [("cuda", "emulated")]
     if torch.cuda.is_available():
         runs += [(name, "cuda") for name in BACKENDS if name != "native"]
@@ -35,17 +36,22 @@ def _runs() -> list[tuple[str, str]]:
 def operators(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[dict[str, Callable[..., Any]]]:
-    """A backend's operators; tensors that a test makes are made on its device."""
+    """The operators as one backend runs them; tensors that a test makes are made on its device."""
     name, device = request.param
+    found = {op: getattr(torch.ops.ia3, op) for op in SCHEMAS}
     if device == "emulated":
-        with emulated_bindings.operators(monkeypatch) as found:
+        with emulated_bindings.backend(monkeypatch):
             yield found
         return
     with nullcontext() if device == "cpu" else torch.device(device):
         torch.empty(0)  # torch notes which functions make tensors, before one is replaced
         if name == "triton":
             poison_new_memory(monkeypatch)
-        yield dict(backends.get(name).operators)
+        monkeypatch.setenv(target.BACKEND_VARIABLE, name)
+        backends.refresh()
+        yield found
+    monkeypatch.undo()
+    backends.refresh()
 
 
 @pytest.fixture(params=["library", *(name for name in ("triton", "cuda") if name in BACKENDS)])
@@ -194,11 +200,11 @@ def test_activations_take_any_strides(operators: dict[str, Callable[..., Any]], 
 def test_native_activations_over_their_whole_range(activation: str, dtype: torch.dtype) -> None:
     """Element by element, far tails included: within four units in the last place of the result, or of 1 where that is
     larger. Torch's own fp32 functions, from which the reference is made, need up to eight."""
-    operators = dict(backends.get("native").operators)
     x = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])]).to(dtype)
-    value = operators["scaled_activation"](x, None, activation)
+    value = kernels.scaled_activation(x, None, activation)
     oracle = kernels.reference.scaled_activation(x.double(), None, activation)
-    slope, _ = operators["scaled_activation_backward"](torch.ones_like(x), x, None, activation, None, [True, False])
+    backward = torch.ops.ia3.scaled_activation_backward
+    slope, _ = backward(torch.ones_like(x), x, None, activation, None, [True, False])
     slope_oracle, _ = kernels.reference.scaled_activation_backward(
         torch.ones_like(x).double(), x.double(), None, activation, None, [True, False]
     )
@@ -274,15 +280,35 @@ def test_scales_of_any_floating_dtype(operators: dict[str, Callable[..., Any]], 
     assert grad.dtype == scale_dtype
 
 
+def test_vectors_as_peft_stores_them(operators: dict[str, Callable[..., Any]]) -> None:
+    x, up, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8, 8)
+    first, second = torch.randn(8), torch.randn(8)
+    for shape in ((1, 8), (8, 1)):
+        column, other = first.reshape(shape), second.reshape(shape)
+        for op, flat, stored in (
+            ("scaled_linear", (x, weight, None, first, second), (x, weight, None, column, other)),
+            ("gated_activation", (x, up, first), (x, up, column)),
+            ("scale_pair", (x, first, second), (x, column, other)),
+        ):
+            results, expected = operators[op](*stored), operators[op](*flat)
+            for result, value in zip(results, expected, strict=True):
+                assert torch.equal(result, value)
+        *_, grad = operators["gated_activation_backward"](x, x, up, column, "silu", None, [True] * 3)
+        assert grad.shape == shape
+        *_, flat_grad = operators["gated_activation_backward"](x, x, up, first, "silu", None, [True] * 3)
+        assert torch.equal(grad.flatten(), flat_grad)
+        *_, grad = operators["scale_pair_backward"](x, up, x, column, other, [True] * 3)
+        assert grad.shape == shape
+
+
 def test_rows_beyond_the_32_bit_range_of_elements() -> None:
     """A gate whose last row begins beyond 2**31 elements: a real stride, over memory that is never touched."""
-    operators = dict(backends.get(BACKENDS[0]).operators)
     rows, stride = 3, 2**30 + 64
     storage = torch.empty(rows * stride, dtype=torch.bfloat16)  # 6 GiB reserved, three rows of it used
     gate = storage.as_strided((rows, 32), (stride, 1))
     gate.copy_(torch.randn(rows, 32))
     dense = gate.clone()
     up = torch.randn(rows, 32).bfloat16()
-    assert torch.equal(operators["gated_activation"](gate, up), operators["gated_activation"](dense, up))
+    assert torch.equal(kernels.gated_activation(gate, up), kernels.gated_activation(dense, up))
     weight = torch.randn(5, 32).bfloat16()
-    assert torch.equal(operators["scaled_linear"](gate, weight), operators["scaled_linear"](dense, weight))
+    assert torch.equal(kernels.scaled_linear(gate, weight), kernels.scaled_linear(dense, weight))

@@ -78,7 +78,8 @@ def test_the_automatic_choice_for_a_gpu_without_triton_warns_once() -> None:
     )
     done = _run(code)
     assert done.stdout.split() == ["reference", "reference"], done.stderr
-    assert done.stderr.count("running the slower torch reference because Triton cannot be imported") == 1
+    assert done.stderr.count("running the slower torch reference because") == 1
+    assert "Triton cannot be imported" in done.stderr
 
 
 def test_what_it_does_not_run_is_said() -> None:
@@ -102,6 +103,6 @@ def test_what_it_does_not_run_is_said() -> None:
 
 @needs_no_gpu
 def test_a_wrong_route_is_said() -> None:
-    code = "import torch, ia3_kernels as k; k.scaled_linear(torch.ones(2, 3), torch.ones(4, 3))"
+    code = "from torch import ones; import ia3_kernels as k; k.scaled_linear(ones(2, 3), ones(4, 3), None, ones(3))"
     done = _run(code, IA3_BACKEND="triton", TRITON_INTERPRET="1", IA3_GPU_MATMUL="fast")
     assert "IA3_GPU_MATMUL is 'fast'; expected auto, library, triton or cuda." in done.stderr.strip().splitlines()[-1]

@@ -61,7 +61,7 @@ def test_both_matmul_routes(route: str) -> None:
         (
             "IA3_BACKEND",
             "tpu",
-            "there is no backend 'tpu'; expected one of 'native', 'triton', 'cuda', 'reference', or 'auto'",
+            "there is no backend 'tpu'; expected one of 'native', 'cuda', 'triton', 'reference', or 'auto'",
         ),
         ("IA3_CPU_MATMUL", "magic", "IA3_CPU_MATMUL is 'magic'; expected auto, widen or library"),
     ],

@@ -104,9 +104,9 @@ def shard(model: Any, policy: MixedPrecisionPolicy | None = None) -> Any:
 @contextmanager
 def counting() -> Iterator[dict[str, int]]:
     """How often the fused operators ran."""
-    counts = {"gated_activation": 0, "scaled_linear": 0}
+    counts = {"gated_mlp": 0, "scaled_linear": 0}
     originals: dict[str, Any] = {
-        "gated_activation": (mlp, mlp.gated_activation),
+        "gated_mlp": (mlp, mlp.gated_mlp),
         "scaled_linear": (layers, layers.scaled_linear),
     }
 

@@ -1,0 +1,105 @@
+"""What an eager call costs on the host: operators on tensors so small that their kernels take next to nothing.
+
+A GPU computes while the host prepares the next kernel, so on large tensors this cost hides behind the kernels; on small
+ones, and wherever an operator replaces a few fast kernels by one, it is what a step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ia3_kernels
+
+from .. import eager
+from ..measure import interleave
+from ..records import Recorder
+from ..settings import DTYPES, Settings
+
+ROWS, WIDTH = 8, 64
+_BASELINES = {"ours": ("eager", "linear"), "eager": ("linear",)}
+_Function = Callable[..., Tensor]
+
+
+def run(settings: Settings, recorder: Recorder) -> None:
+    """Measures every operator in each dtype: without gradients, with a graph recorded, and with its backward."""
+    torch.manual_seed(0)
+    for dtype in settings.dtypes:
+        for name, (functions, leaves) in _operators(settings.device, DTYPES[dtype]).items():
+            for mode, times in _times(settings, functions, leaves).items():
+                recorder.add_times("host", f"{name}, {mode}, {ROWS}x{WIDTH}", dtype, times, _BASELINES)
+
+
+def _operators(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[dict[str, _Function], list[Tensor]]]:
+    """For each operator its implementations, and the tensors that it differentiates; frozen weights stand between."""
+    x, gate, up = (torch.randn(ROWS, WIDTH, device=device).to(dtype) for _ in range(3))
+    weights = [(torch.randn(WIDTH, WIDTH, device=device) / WIDTH**0.5).to(dtype) for _ in range(3)]
+    weight = weights[0]
+    scale = 1 + 0.2 * torch.randn(WIDTH, device=device)
+    plain = {"linear": lambda x, *_: F.linear(x, weight)}
+
+    def linear(function: _Function, side: str) -> _Function:
+        return lambda x, s: function(x, weight, **{f"{side}_scale": s})
+
+    def eager_mlp(x: Tensor, s: Tensor) -> Tensor:
+        hidden = eager.gated_activation(F.linear(x, weights[0]), F.linear(x, weights[1]), s)
+        return F.linear(hidden, weights[2])
+
+    return {
+        **{
+            f"scaled_linear {side} side": (
+                {
+                    "ours": linear(ia3_kernels.scaled_linear, side),
+                    "eager": linear(eager.scaled_linear, side),
+                    **plain,
+                },
+                [x, scale],
+            )
+            for side in ("output", "input")
+        },
+        "gated_activation": (
+            {"ours": ia3_kernels.gated_activation, "eager": eager.gated_activation, **plain},
+            [gate, up, scale],
+        ),
+        "scaled_activation": (
+            {"ours": ia3_kernels.scaled_activation, "eager": eager.scaled_activation, **plain},
+            [x, scale],
+        ),
+        "gated_mlp": (
+            {"ours": lambda x, s: ia3_kernels.gated_mlp(x, *weights, s), "eager": eager_mlp, **plain},
+            [x, scale],
+        ),
+    }
+
+
+def _times(
+    settings: Settings, functions: dict[str, _Function], tensors: list[Tensor]
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of one call of each function, by what is done around it."""
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    grad = torch.ones_like(tensors[0])
+
+    def forward(function: _Function) -> None:
+        with torch.no_grad():
+            for _ in range(calls):
+                function(*tensors)
+
+    def recorded(function: _Function) -> None:
+        for _ in range(calls):
+            function(*leaves)
+
+    def both(function: _Function) -> None:
+        for _ in range(calls):
+            torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
+
+    calls = 20 if settings.quick else 400
+    found = {}
+    for mode, call in {"no gradient": forward, "recorded": recorded, "forward and backward": both}.items():
+        fns = {impl: partial(call, function) for impl, function in functions.items()}
+        times = interleave(fns, settings.rounds(30), warmup=3, device=settings.device)
+        found[mode] = {impl: [value / calls for value in values] for impl, values in times.items()}
+    return found

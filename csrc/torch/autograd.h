@@ -1,0 +1,46 @@
+// What the nodes of autograd.cpp and mlp.cpp share.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <vector>
+
+#include "tensors.h"
+
+namespace ia3 {
+
+// None for an undefined tensor
+OptionalTensor optional(const at::Tensor& tensor);
+
+// The gradients of `op`; where they are to be differentiated again, such that doing it raises a sentence.
+std::vector<at::Tensor> first_order(const char* op, std::vector<at::Tensor> gradients);
+
+inline bool is_recorded(const at::Tensor& tensor) {
+  // A tangent asks, too: the node that is made for it refuses forward-mode differentiation, which would get zeros.
+  return (tensor.requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(0).defined();
+}
+inline bool is_recorded(const OptionalTensor& tensor) { return tensor && is_recorded(*tensor); }
+
+// Whether a call on these tensors has to make a node
+template <typename... Tensors>
+bool any_recorded(const Tensors&... tensors) {
+  return (is_recorded(tensors) || ...);
+}
+
+// As for `linear`: the matmul's operands take autocast's dtype. Scales keep theirs; arithmetic on them is fp32.
+class Autocast {
+ public:
+  explicit Autocast(c10::DeviceType device) : device_(device), dtype_(at::autocast::get_autocast_dtype(device)) {}
+
+  at::Tensor operator()(const at::Tensor& tensor) const { return at::autocast::cached_cast(dtype_, tensor, device_); }
+  OptionalTensor operator()(const OptionalTensor& tensor) const {
+    return tensor ? OptionalTensor((*this)(*tensor)) : std::nullopt;
+  }
+
+ private:
+  c10::DeviceType device_;
+  at::ScalarType dtype_;
+};
+
+}  // namespace ia3

@@ -1,0 +1,106 @@
+#include "checks.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "python.h"
+
+namespace py = pybind11;
+
+namespace ia3 {
+namespace {
+
+// Raises what the function of that name in schemas.py has to say of these arguments.
+template <typename... Args>
+[[noreturn]] void refuse(const char* function, const Args&... args) {
+  py::gil_scoped_acquire gil;
+  py::module_::import("ia3_kernels.schemas").attr(function)(args...);
+  TORCH_CHECK(false, "ia3_kernels: ", function, " of schemas.py accepts arguments that csrc/torch/checks.cpp refuses; ",
+              "please report it.");
+}
+
+bool is_float(const at::Tensor& x) {
+  const auto type = x.scalar_type();
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
+}
+
+bool is_like(const at::Tensor& tensor, const at::Tensor& x) {
+  return tensor.scalar_type() == x.scalar_type() && tensor.device() == x.device();
+}
+
+bool is_scale(const OptionalTensor& scale, int64_t size, const at::Tensor& x, bool has_index) {
+  if (!scale) return true;
+  if (!scale->is_floating_point() || scale->device() != x.device()) return false;
+  if (has_index) return scale->dim() == 2 && scale->size(1) == size;
+  if (scale->dim() == 1) return scale->size(0) == size;
+  return scale->dim() == 2 && scale->numel() == size && (scale->size(0) == 1 || scale->size(1) == 1) &&
+         scale->is_contiguous();
+}
+
+bool is_index(const OptionalTensor& index, const at::Tensor& x) {
+  return !index || (index->scalar_type() == at::kInt && index->device() == x.device() &&
+                    index->sizes() == x.sizes().slice(0, x.dim() - 1));
+}
+
+// Bounds are read where that costs no synchronization; a GPU's kernels read nothing outside of them, and give NaN.
+void check_bounds(const OptionalTensor& given, int64_t adapters) {
+  if (!given || !given->is_cpu()) return;
+  const at::Tensor index = given->contiguous();
+  const int32_t* values = index.const_data_ptr<int32_t>();
+  int32_t low = 0, high = -1;
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    low = std::min(low, values[i]);
+    high = std::max(high, values[i]);
+  }
+  if (low < -1 || high >= adapters) refuse("check_bounds", *given, adapters);
+}
+
+}  // namespace
+
+void check_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                  const OptionalTensor& adapter_index) {
+  const bool fits = is_float(x) && weight.dim() == 2 && is_like(weight, x) && x.dim() >= 1 &&
+                    x.size(-1) == weight.size(1) &&
+                    (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && is_like(*bias, x))) &&
+                    is_scale(input_scale, weight.size(1), x, adapter_index.has_value()) &&
+                    is_scale(output_scale, weight.size(0), x, adapter_index.has_value()) &&
+                    is_index(adapter_index, x) && (!adapter_index || input_scale || output_scale);
+  if (!fits) refuse("check_scaled_linear", x, weight, bias, input_scale, output_scale, adapter_index);
+  if (!adapter_index) return;
+  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  check_bounds(adapter_index,
+               std::min(input_scale ? input_scale->size(0) : kNone, output_scale ? output_scale->size(0) : kNone));
+}
+
+Activation check_activation(std::string_view op, const at::Tensor& gate, const OptionalTensor& up,
+                            const OptionalTensor& scale, std::string_view activation,
+                            const OptionalTensor& adapter_index, const at::Tensor& grad) {
+  static constexpr std::array<std::string_view, 6> kNames = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
+  const auto kind = std::find(kNames.begin(), kNames.end(), activation);
+  const bool fits = is_float(gate) && gate.dim() >= 1 && kind != kNames.end() &&
+                    (!up || (up->sizes() == gate.sizes() && is_like(*up, gate))) &&
+                    is_scale(scale, gate.size(-1), gate, adapter_index.has_value()) && is_index(adapter_index, gate) &&
+                    (!adapter_index || scale);
+  if (!fits) refuse("check_activation", std::string(op), gate, up, scale, std::string(activation), adapter_index);
+  if (grad.defined() && !(grad.sizes() == gate.sizes() && is_like(grad, gate))) {
+    refuse("check_gradient", std::string(op), grad, gate);
+  }
+  if (adapter_index) check_bounds(adapter_index, scale->size(0));
+  return static_cast<Activation>(kind - kNames.begin());
+}
+
+void check_scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second) {
+  const bool fits =
+      is_float(x) && x.dim() >= 1 && is_scale(first, x.size(-1), x, false) && is_scale(second, x.size(-1), x, false);
+  if (!fits) refuse("check_scale_pair", x, first, second);
+}
+
+void check_scale_weight(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
+  const bool fits = is_float(weight) && weight.dim() == 2 && (dim == 0 || dim == 1) &&
+                    is_scale(scale, weight.size(dim), weight, false);
+  if (!fits) refuse("check_scale_weight_", weight, scale, dim);
+}
+
+}  // namespace ia3

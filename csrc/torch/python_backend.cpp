@@ -1,0 +1,181 @@
+// What Python decides and computes: which backend runs what, and the operators of those that are written in Python. It
+// is asked once for each device, dtype and shape of a matmul; a backend in Python, at each call.
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <atomic>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "backend.h"
+#include "python.h"
+
+namespace py = pybind11;
+
+namespace ia3 {
+namespace {
+
+// A function of ia3_kernels.backends. Hold the GIL.
+py::object function(const char* name) { return py::module_::import("ia3_kernels.backends").attr(name); }
+
+const char* name_of(Activation activation) {
+  constexpr const char* kNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
+  return kNames[int(activation)];
+}
+
+// Calls an operator of the Python backend that was chosen for the tensor's device and dtype.
+template <typename Result, typename... Args>
+Result run(const char* op, const at::Tensor& first, const Args&... args) {
+  py::gil_scoped_acquire gil;
+  return function("run")(op, first, args...).template cast<Result>();
+}
+
+at::Tensor activation(const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
+                      Activation activation, const OptionalTensor& index, const OptionalTensor& out) {
+  const char* const name = name_of(activation);
+  const at::Tensor h = up ? run<at::Tensor>("gated_activation", gate, *up, scale, name, index)
+                          : run<at::Tensor>("scaled_activation", gate, scale, name, index);
+  return out ? out->copy_(h) : h;
+}
+
+Gradients activation_backward(const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up,
+                              const OptionalTensor& scale, Activation activation, const OptionalTensor& index,
+                              std::array<bool, 3> mask) {
+  const char* const name = name_of(activation);
+  if (up) return run<Gradients>("gated_activation_backward", grad, gate, *up, scale, name, index, mask);
+  auto [grad_x, grad_scale] = run<std::tuple<at::Tensor, at::Tensor>>(
+      "scaled_activation_backward", grad, gate, scale, name, index, std::array<bool, 2>{mask[0], mask[2]});
+  return {grad_x, nothing_like(gate), grad_scale};
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& input_scale, const OptionalTensor& output_scale, const OptionalTensor& index,
+                  at::Tensor* product) {
+  if (product == nullptr) return run<at::Tensor>("scaled_linear", x, weight, bias, input_scale, output_scale, index);
+  *product =
+      run<at::Tensor>("scaled_linear", x, weight, bias, input_scale, std::nullopt, input_scale ? index : std::nullopt);
+  return activation(*product, std::nullopt, output_scale, Activation::kIdentity, index, std::nullopt);
+}
+
+std::tuple<at::Tensor, at::Tensor> scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second) {
+  return run<std::tuple<at::Tensor, at::Tensor>>("scale_pair", x, first, second);
+}
+
+Gradients scale_pair_backward(const at::Tensor& grad_first, const at::Tensor& grad_second, const at::Tensor& x,
+                              const at::Tensor& first, const at::Tensor& second, std::array<bool, 3> mask) {
+  return run<Gradients>("scale_pair_backward", grad_first, grad_second, x, first, second, mask);
+}
+
+void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
+  py::gil_scoped_acquire gil;
+  function("run")("scale_weight_", weight, scale, dim);
+}
+
+// --- choices ---
+
+// By device type and dtype; null where nobody has asked yet
+std::array<std::array<std::atomic<const Backend*>, 4>, 2> backends{};
+
+std::atomic<const Backend*>* place_of(const at::Tensor& x) {
+  const auto type = x.device().type();
+  if (type != c10::kCPU && type != c10::kCUDA) return nullptr;
+  auto& of_device = backends[type == c10::kCUDA];
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return &of_device[0];
+    case at::kBFloat16:
+      return &of_device[1];
+    case at::kHalf:
+      return &of_device[2];
+    default:
+      return &of_device[3];
+  }
+}
+
+struct LinearKey {
+  int64_t device, rows, out, in;
+  int dtype_and_layout;
+  bool operator==(const LinearKey&) const = default;
+};
+
+struct LinearKeyHash {
+  size_t operator()(const LinearKey& key) const {
+    size_t hash = size_t(key.dtype_and_layout);
+    for (const int64_t value : {key.device, key.rows, key.out, key.in}) {
+      hash = hash * 0x9E3779B97F4A7C15 + size_t(value);
+    }
+    return hash;
+  }
+};
+
+std::shared_mutex routes_mutex;
+std::unordered_map<LinearKey, LinearRoute, LinearKeyHash> routes;
+
+}  // namespace
+
+const Backend& backend_of(const char* op, const at::Tensor& x) {
+  std::atomic<const Backend*>* const place = place_of(x);
+  if (place != nullptr) {
+    if (const Backend* known = place->load(std::memory_order_acquire)) return *known;
+  }
+  const Backend* chosen = &kPythonBackend;
+  {
+    py::gil_scoped_acquire gil;
+    const auto dtype = py::reinterpret_borrow<py::object>(py::cast(x).attr("dtype"));
+    const std::string device = c10::DeviceTypeName(x.device().type(), true);
+    const std::string name = function("choose")(op, device, dtype)[py::int_(0)].attr("name").cast<std::string>();
+    if (name == "native") chosen = &kNativeBackend;
+    if (name == "cuda") chosen = &kCudaBackend;
+  }
+  if (place != nullptr) place->store(chosen, std::memory_order_release);
+  return *chosen;
+}
+
+LinearRoute linear_route(const at::Tensor& x, const at::Tensor& weight) {
+  const bool is_transposed = weight.stride(1) != 1;
+  const int64_t rows = x.numel() / std::max<int64_t>(1, x.size(-1));
+  int64_t bucket = 1;  // of rows: powers of two, as measurements are filed
+  while (bucket < rows) bucket *= 2;
+  const LinearKey key{x.device().index(), bucket, weight.size(0), weight.size(1),
+                      2 * int(x.scalar_type()) + int(is_transposed)};
+  {
+    const std::shared_lock lock(routes_mutex);
+    if (const auto found = routes.find(key); found != routes.end()) return found->second;
+  }
+  LinearRoute route{};
+  {
+    py::gil_scoped_acquire gil;
+    const auto answer =
+        function("linear_route")(x, rows, key.out, key.in, is_transposed).cast<std::tuple<std::string, int>>();
+    const std::string& name = std::get<0>(answer);
+    route = {name == "triton" ? Route::kTriton : name == "cuda" ? Route::kCuda : Route::kLibrary, std::get<1>(answer)};
+  }
+  const std::unique_lock lock(routes_mutex);
+  routes.emplace(key, route);
+  return route;
+}
+
+void forget_choices() {
+  for (auto& of_device : backends) {
+    for (auto& place : of_device) place.store(nullptr, std::memory_order_release);
+  }
+  const std::unique_lock lock(routes_mutex);
+  routes.clear();
+}
+
+at::Tensor linear_by_triton(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                            const OptionalTensor& adapter_index) {
+  py::gil_scoped_acquire gil;
+  return function("linear_by_triton")(x, weight, bias, input_scale, output_scale, adapter_index).cast<at::Tensor>();
+}
+
+std::array<at::Tensor, 6> chunks_by_adapter(const at::Tensor& adapter_index, int64_t adapters, const at::Tensor& gate) {
+  py::gil_scoped_acquire gil;
+  return function("chunks")(adapter_index, adapters, gate).cast<std::array<at::Tensor, 6>>();
+}
+
+const Backend kPythonBackend = {activation, activation_backward, linear,
+                                scale_pair, scale_pair_backward, scale_weight_};
+
+}  // namespace ia3
