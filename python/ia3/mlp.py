@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
 
-from ia3_kernels import gated_activation, gated_mlp, mlp, scaled_activation
+from ia3_kernels import gated_activation, gated_mlp, mlp, scaled_activation, scaled_linear
 
 from . import forwards, frozen, quantized
 from .layers import ScaledLayer, effective_scale, is_untouched, plain_weight, project
@@ -269,19 +269,25 @@ def _finish(outer: Any, row: Row, y: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def _frozen_parts(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """Return the weight, the bias and the input vector of a projection whose parameters are frozen; None for others."""
-    scale: Tensor | None = None
+class _Projection(NamedTuple):
+    """A linear layer whose parameters are frozen, and the vectors around it; None for what it has not."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None
+    input_scale: Tensor | None
+    output_scale: Tensor | None
+
+
+def _projection(layer: Any, x: Tensor) -> _Projection | None:
+    """Return what ``layer`` computes on ``x``, in parts; None where it is more than that, or its weight is trained."""
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
     if isinstance(layer, ScaledLayer):
-        if not is_untouched(layer):
+        if not is_untouched(layer) or layer.merged_adapters:
             return None
         scale, index = effective_scale(layer, x)
-        if (
-            index is not None
-            or (scale is None and layer.merged_adapters)
-            or (scale is not None and not layer.is_feedforward)
-        ):
+        if index is not None:
             return None
+        scales = (scale, None) if layer.is_feedforward else (None, scale)
         layer = layer._modules["base_layer"]
     weight = plain_weight(layer)
     if weight is None:
@@ -289,7 +295,7 @@ def _frozen_parts(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
     bias = layer._parameters["bias"]
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return None
-    return weight, bias, scale
+    return _Projection(weight, bias, *scales)
 
 
 def _run_as_one(inner: Any, down: Any, row: Row, x: Tensor, scale: Tensor, activation: str) -> Tensor | None:
@@ -298,16 +304,26 @@ def _run_as_one(inner: Any, down: Any, row: Row, x: Tensor, scale: Tensor, activ
         dropout = inner._modules[row.dropout]
         if not is_untouched(dropout) or (dropout.training and getattr(dropout, "p", 1.0) > 0):
             return None
-    base = down._modules["base_layer"]
-    last, up = _frozen_parts(base, x), _frozen_parts(inner._modules[row.up], x)
-    if last is None or up is None or last[0].dtype != up[0].dtype:
+    last, up = _projection(down._modules["base_layer"], x), _projection(inner._modules[row.up], x)
+    if last is None or up is None or last.weight.dtype != up.weight.dtype:
         return None
     if row.gate is None:
-        return mlp(x, up[0], last[0], scale, activation, up[1], last[1]) if up[2] is None else None
-    gate = _frozen_parts(inner._modules[row.gate], x)
-    if gate is None or any(bias is not None for bias in (gate[1], up[1], last[1])):
-        return None
-    return gated_mlp(x, gate[0], up[0], last[0], scale, activation, gate[2], up[2])
+        if up.input_scale is not None or up.output_scale is not None:
+            return None
+        return mlp(x, up.weight, last.weight, scale, activation, up.bias, last.bias)
+    if up.output_scale is not None:
+        # What multiplies up multiplies the hidden state: act(g) ∘ (u ∘ s_u) ∘ s = act(g) ∘ u ∘ (s_u ∘ s)
+        scale = scale.reshape(-1) * up.output_scale.reshape(-1)
+    gate = _projection(inner._modules[row.gate], x)
+    if gate is None or gate.output_scale is not None or any(part.bias is not None for part in (gate, up, last)):
+        hidden = gated_activation(
+            project(inner._modules[row.gate], x),
+            scaled_linear(x, up.weight, up.bias, up.input_scale),
+            scale,
+            activation,
+        )
+        return scaled_linear(hidden, last.weight, last.bias)
+    return gated_mlp(x, gate.weight, up.weight, last.weight, scale, activation, gate.input_scale, up.input_scale)
 
 
 def patch_of(block: nn.Module) -> Row | None:

@@ -15,6 +15,7 @@ from transformers import activations
 
 import ia3
 from ia3.mlp import ROWS, activation_name, fused_forward, patch_of, row_of, unfuse
+from tests.ia3_kernels.helpers import needs_native
 
 UNFUSED = {"opt"}  # its feed-forward lies open in the decoder layer
 
@@ -185,3 +186,102 @@ def test_patches_survive_copies_and_are_taken_back(
         unfuse(model)
         assert _patched(model) == []
         torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+# --- the block as one node ------------------------------------------------------------------------------------------
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# Name -> target modules, those scaled on their inputs, and the nodes of the block's own
+LAYOUTS = {
+    "down": (["k_proj", "v_proj", "down_proj"], ["down_proj"], {"GatedMlp"}),
+    "inputs of all three": (
+        [*_ATTENTION, "gate_proj", "up_proj", "down_proj"],
+        ["gate_proj", "up_proj", "down_proj"],
+        {"GatedMlp"},
+    ),
+    "input of up": (["up_proj", "down_proj"], ["up_proj", "down_proj"], {"ScaledLinear", "GatedActivation"}),
+    "output of up": (["up_proj", "down_proj"], ["down_proj"], {"GatedMlp"}),
+    "every output": (
+        [*_ATTENTION, "gate_proj", "up_proj", "down_proj"],
+        ["down_proj"],
+        {"ScaledLinear", "GatedActivation"},
+    ),
+}
+
+
+def _nodes(y: Tensor, until: Tensor) -> set[str]:
+    """The names of the nodes of this package between a block's output and its input."""
+    found, stack = set(), [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node is until.grad_fn:
+            continue
+        found.add(node.name().rsplit("::", 1)[-1].rstrip(">"))
+        stack += [following for following, _ in node.next_functions]
+    return found & {"GatedMlp", "Mlp", "ScaledLinear", "GatedActivation", "ScaledActivation"}
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_computes_what_its_layers_do(
+    adapted: Callable[..., ia3.IA3Model], families: dict[str, Any], layout: str, dtype: torch.dtype
+) -> None:
+    targets, feedforward, nodes = LAYOUTS[layout]
+    config = {"target_modules": targets, "feedforward_modules": feedforward}
+    results = []
+    for precision in (dtype, dtype, torch.float64):
+        model = adapted(families["llama"], dtype, **config).to(precision if precision == torch.float64 else dtype)
+        if results:
+            unfuse(model)
+        block = model.base_model.model.model.layers[0].mlp
+        x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)).to(precision).requires_grad_()
+        y = block(x)
+        if not results:
+            assert _nodes(y, x) == nodes
+        leaves = [x, *(p for p in block.parameters() if p.requires_grad)]
+        assert len(leaves) == 1 + sum(name in ("gate_proj", "up_proj", "down_proj") for name in targets)
+        grad = torch.cos(torch.arange(y.numel())).reshape(y.shape).to(precision)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+    for fused, apart, exact in zip(*results, strict=True):
+        error, allowed = ((value.double() - exact).norm() / exact.norm() for value in (fused, apart))
+        assert error <= 2 * max(allowed, torch.finfo(dtype).eps)
+
+
+@needs_native
+def test_a_trained_weight_or_a_hook_takes_the_block_apart(
+    adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]
+) -> None:
+    model = adapted(families["llama"])
+    block = model.base_model.model.model.layers[0].mlp
+    x = torch.randn(2, 5, 32).requires_grad_()
+    expected = block(x)
+    assert _nodes(expected, x) == {"GatedMlp"}
+    block.gate_proj.weight.requires_grad_(True)
+    y = block(x)
+    assert "GatedMlp" not in _nodes(y, x)
+    y.sum().backward()
+    assert block.gate_proj.weight.grad is not None
+    block.gate_proj.weight.requires_grad_(False)
+    seen: list[torch.Size] = []
+    handle = block.up_proj.register_forward_hook(lambda module, args, result: seen.append(result.shape))
+    torch.testing.assert_close(block(x), expected)
+    assert seen == [(2, 5, 48)]
+    handle.remove()
+
+
+@needs_native
+def test_a_plain_block_is_one_node(adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]) -> None:
+    for name, path in (
+        ("phi", "model.layers.0.mlp"),
+        ("gpt2", "transformer.h.0.mlp"),
+        ("t5", "encoder.block.0.layer.1"),
+    ):
+        model = adapted(families[name])
+        block = model.get_submodule(f"base_model.model.{path}")
+        block = block.DenseReluDense if name == "t5" else block
+        x = torch.randn(2, 5, 32).requires_grad_()
+        y = block(x)
+        assert _nodes(y, x) == {"Mlp"}, name
+        unfuse(model)
+        torch.testing.assert_close(y, block(x))
