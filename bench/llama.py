@@ -104,13 +104,15 @@ def _with_vectors(kind: str, base: Any) -> nn.Module:
     return ia3.accelerate(theirs) if kind == "accelerated" else theirs
 
 
-def models(settings: Settings, dtype: str, implementations: Sequence[str]) -> dict[str, nn.Module]:
+def models(
+    settings: Settings, dtype: str, implementations: Sequence[str], model_config: LlamaConfig | None = None
+) -> dict[str, nn.Module]:
     """One model for each of `implementations` that can run here, all with the same weights, on the run's device.
 
     The IA3 vectors are fp32 and the only parameters to train; in `frozen_base` there is none.
     """
     torch.manual_seed(0)
-    base: nn.Module = LlamaForCausalLM(config(settings))
+    base: nn.Module = LlamaForCausalLM(model_config or config(settings))
     base.to(settings.device, DTYPES[dtype]).requires_grad_(False)
     # Compiled code is cached by source function, which all of these models share: an earlier case's entries would
     # count towards the limit at which the compiler gives up.

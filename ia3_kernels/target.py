@@ -88,14 +88,12 @@ def device_index(device: torch.device) -> int:
 @functools.cache
 def cuda_problem() -> str | None:
     """Why the compiled CUDA kernels cannot run in this process, or None."""
-    library = native_library()
-    if not isinstance(library, ModuleType):
-        return f"the native library is not built ({library}); reinstall with a C++ compiler and nvcc to build it."
-    if not library.cuda.is_loaded():
-        return "the native library was built without CUDA; reinstall with a torch that has CUDA, and with nvcc."
+    kernels = _cuda_kernels()
+    if not isinstance(kernels, ModuleType):
+        return kernels
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use."
-    oldest = min(library.cuda.architectures())
+    oldest = min(kernels.architectures())
     found = architecture(torch.cuda.current_device()).capability
     if found < oldest:
         return f"this GPU is of compute capability {found / 10}, and the kernels need {oldest / 10} or newer."
@@ -109,9 +107,9 @@ def kernel_sources() -> str:
     digest = hashlib.sha256()
     for path in sorted([*(package / "triton").glob("*.py"), package / "tuning.py"]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    library = native_library()
-    if isinstance(library, ModuleType) and library.cuda.is_loaded():
-        digest.update(library.cuda.sources().encode())
+    kernels = _cuda_kernels()
+    if isinstance(kernels, ModuleType):
+        digest.update(kernels.sources().encode())
     return digest.hexdigest()[:16]
 
 
@@ -124,17 +122,30 @@ def native_library() -> ModuleType | ImportError:
         return error
     # Settles the instruction set now: a wrong name in the environment is said at import, not at first use.
     library.isa()
-    for built in Path(library.__file__ or "").parent.glob("libia3_cuda.*"):
-        library.cuda.load(str(built))
     return library
+
+
+@functools.cache
+def _cuda_kernels() -> ModuleType | str:
+    """Return the bindings of the CUDA kernels, or why there are none: not built, or no longer fitting the rest."""
+    library = native_library()
+    if not isinstance(library, ModuleType):
+        return f"the native library is not built ({library}); reinstall with a C++ compiler and nvcc to build it."
+    kernels: ModuleType = library.cuda
+    for built in Path(library.__file__ or "").parent.glob("libia3_cuda.*"):
+        try:
+            kernels.load(str(built))
+        except RuntimeError as error:
+            return str(error)
+    if not kernels.is_loaded():
+        return "the native library was built without CUDA; reinstall with a torch that has CUDA, and with nvcc."
+    return kernels
 
 
 def hopper_tiles() -> list[str]:
     """Return the names of the tiles that the Hopper matmul was built with; none without CUDA kernels."""
-    library = native_library()
-    if not isinstance(library, ModuleType) or not library.cuda.is_loaded():
-        return []
-    return list(library.cuda.hopper_tiles())
+    kernels = _cuda_kernels()
+    return list(kernels.hopper_tiles()) if isinstance(kernels, ModuleType) else []
 
 
 def version(distribution: str) -> str | None:
@@ -165,16 +176,16 @@ def describe() -> dict[str, str]:
     else:
         facts["native library"] = f"not built ({native})"
         facts["instruction set"] = "chosen by torch"
-    facts["cuda kernels"] = _describe_cuda(native)
+    facts["cuda kernels"] = _describe_cuda()
     facts["triton kernels"] = triton_problem() or f"Triton {version('triton')}, matmul: {gpu_matmul()}"
     return facts
 
 
-def _describe_cuda(native: ModuleType | ImportError) -> str:
-    """Which architectures are inside of the library, and whether one of them is here."""
-    if not isinstance(native, ModuleType) or not native.cuda.is_loaded():
-        return cuda_problem() or ""
-    inside = ", ".join(f"sm_{number}{'a' if number == 90 else ''}" for number in native.cuda.architectures())
-    tiles = ", ".join(hopper_tiles())
+def _describe_cuda() -> str:
+    """Return which architectures are inside of the CUDA library, and whether one of them is here."""
+    kernels = _cuda_kernels()
+    if not isinstance(kernels, ModuleType):
+        return kernels
+    inside = ", ".join(f"sm_{number}{'a' if number == 90 else ''}" for number in kernels.architectures())
     problem = cuda_problem()
-    return f"{inside}; Hopper tiles: {tiles}" + (f"; not usable: {problem}" if problem else "")
+    return f"{inside}; Hopper tiles: {', '.join(hopper_tiles())}" + (f"; not usable: {problem}" if problem else "")

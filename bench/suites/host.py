@@ -1,4 +1,4 @@
-"""What an eager call costs on the host: operators on tensors so small that their kernels take next to nothing.
+"""What an eager call costs on the host: operators and layers on tensors so small that kernels take next to nothing.
 
 A GPU computes while the host prepares the next kernel, so on large tensors this cost hides behind the kernels; on small
 ones, and wherever an operator replaces a few fast kernels by one, it is what a step takes.
@@ -12,24 +12,26 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaConfig
 
 import ia3_kernels
 
-from .. import eager
+from .. import eager, llama
 from ..measure import interleave
 from ..records import Recorder
 from ..settings import DTYPES, Settings
 
 ROWS, WIDTH = 8, 64
-_BASELINES = {"ours": ("eager", "linear"), "eager": ("linear",)}
+_BASELINES = {"ours": ("eager", "linear", "peft", "frozen_base"), "eager": ("linear",), "peft": ("frozen_base",)}
 _Function = Callable[..., Tensor]
 
 
 def run(settings: Settings, recorder: Recorder) -> None:
-    """Measures every operator in each dtype: without gradients, with a graph recorded, and with its backward."""
+    """Measures each in each dtype: without gradients, with a graph recorded, and with its backward."""
     torch.manual_seed(0)
     for dtype in settings.dtypes:
-        for name, (functions, leaves) in _operators(settings.device, DTYPES[dtype]).items():
+        measured = _operators(settings.device, DTYPES[dtype]) | _layers(settings, dtype)
+        for name, (functions, leaves) in measured.items():
             for mode, times in _times(settings, functions, leaves).items():
                 recorder.add_times("host", f"{name}, {mode}, {ROWS}x{WIDTH}", dtype, times, _BASELINES)
 
@@ -74,6 +76,28 @@ def _operators(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[dict
             [x, scale],
         ),
     }
+
+
+def _layers(settings: Settings, dtype: str) -> dict[str, tuple[dict[str, _Function], list[Tensor]]]:
+    """A Llama's key projection and feed-forward block, as modules that are called, with and without a vector."""
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=WIDTH,
+    )
+    models = llama.models(settings, dtype, ("ours", "peft", "frozen_base"), config)
+    x = torch.randn(ROWS, WIDTH, device=settings.device).to(DTYPES[dtype])
+    found: dict[str, tuple[dict[str, _Function], list[Tensor]]] = {}
+    for name, path in (("k_proj, called", "self_attn.k_proj"), ("mlp, called", "mlp")):
+        modules = {
+            impl: next(module for place, module in model.named_modules() if place.endswith(f"layers.0.{path}"))
+            for impl, model in models.items()
+        }
+        found[name] = (dict(modules), [x])
+    return found
 
 
 def _times(

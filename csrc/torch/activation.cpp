@@ -101,7 +101,7 @@ Gradients native_activation_backward(const at::Tensor& grad, const at::Tensor& g
   const bool wants_scale = mask[2] && scale;
   const auto output = [&](bool wanted) { return wanted ? empty_output(gate.sizes(), gate) : nothing_like(gate); };
   const at::Tensor grad_gate = output(mask[0]);
-  const at::Tensor grad_up = output(mask[1] && up);
+  const at::Tensor grad_up = up ? output(mask[1]) : at::Tensor();
   const at::Tensor no_scale = wants_scale ? at::Tensor() : nothing_like(scale ? *scale : gate);
   if (gate.numel() == 0) return {grad_gate, grad_up, wants_scale ? at::zeros_like(*scale) : no_scale};
 

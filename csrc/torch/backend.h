@@ -17,6 +17,7 @@ struct Backend {
   at::Tensor (*activation)(const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
                            Activation activation, const OptionalTensor& adapter_index, const OptionalTensor& out);
 
+  // likewise; without `up` its gradient is undefined
   Gradients (*activation_backward)(const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up,
                                    const OptionalTensor& scale, Activation activation,
                                    const OptionalTensor& adapter_index, std::array<bool, 3> mask);

@@ -132,7 +132,7 @@ Gradients activation_backward(const at::Tensor& grad, const at::Tensor& gate, co
   const auto like_gate = [&](bool wanted) {
     return wanted ? at::empty(gate.sizes(), gate.options()) : nothing_like(gate);
   };
-  const at::Tensor grad_gate = like_gate(mask[0]), grad_up = like_gate(mask[1] && up);
+  const at::Tensor grad_gate = like_gate(mask[0]), grad_up = up ? like_gate(mask[1]) : at::Tensor();
   const bool wants_scale = mask[2] && scale;
   if (gate.numel() == 0 && wants_scale) return {grad_gate, grad_up, at::zeros_like(*scale)};
   const at::Tensor sums =

@@ -45,7 +45,7 @@ Gradients activation_backward(const at::Tensor& grad, const at::Tensor& gate, co
   if (up) return run<Gradients>("gated_activation_backward", grad, gate, *up, scale, name, index, mask);
   auto [grad_x, grad_scale] = run<std::tuple<at::Tensor, at::Tensor>>(
       "scaled_activation_backward", grad, gate, scale, name, index, std::array<bool, 2>{mask[0], mask[2]});
-  return {grad_x, nothing_like(gate), grad_scale};
+  return {grad_x, at::Tensor(), grad_scale};
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,

@@ -106,3 +106,21 @@ def test_the_reference_can_be_asked_for_by_name() -> None:
     code = "import ia3_kernels as k; print(k.explain('scaled_linear'))"
     done = _run("-c", code, IA3_BACKEND="reference")
     assert "asked for by IA3_BACKEND=reference" in done.stdout, done.stderr
+
+
+@needs_native
+def test_a_cuda_library_that_does_not_fit_is_said_and_harms_nothing(tmp_path: Path) -> None:
+    """Beside the native library there may be one that is damaged, or of another version."""
+    damaged = tmp_path / "libia3_cuda.so"
+    damaged.write_text("no library")
+    code = (
+        "import pathlib, torch, ia3_kernels as k\n"
+        f"pathlib.Path.glob = lambda folder, pattern: iter([pathlib.Path({str(damaged)!r})])\n"
+        "print(k.target.cuda_problem())\n"
+        "print(k.scaled_activation(torch.ones(2), None, 'relu').sum())"
+    )
+    done = _run("-c", code)
+    problem, total = done.stdout.splitlines()
+    assert problem.startswith(f"ia3_kernels: {damaged} cannot be loaded: ")
+    assert problem.endswith("build the package again.")
+    assert total == "tensor(2.)"
