@@ -5,7 +5,7 @@ three parts, each of which can be asked for alone:
 
     tests      the whole suite, operators on CUDA tensors
     sanitize   compute-sanitizer's memcheck, racecheck and initcheck over a small subset, where it is installed
-    bench      the suites host, operators, train_step, decode and memory, into bench/results/<device>.json
+    bench      the suites host, protocol, operators, train_step, decode and memory, into bench/results/<device>.json
 
 The Hopper matmul needs CUTLASS' headers: the package nvidia-cutlass, or CUTLASS_PATH with the folder that holds
 include/cutlass. Without them it is left out, and the build says so.
@@ -108,10 +108,10 @@ def bench(output: Path, quick: bool) -> dict[str, str]:
 
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
     raw = output / "records.json"
-    suites = ["host", "operators", "train_step", "decode", "memory"]
+    suites = ["host", "protocol", "operators", "train_step", "decode", "memory"]
     options = ["--device", "cuda", "--dtype", "bf16", "--json", raw]
     if quick:
-        suites, options = ["host", "operators", "train_step"], [*options, "--impl", "ours", "peft", "frozen_base"]
+        suites, options = ["host", "protocol"], [*options, "--impl", "ours", "peft", "frozen_base"]
     if not _run([sys.executable, "-m", "bench", *suites, *options], output / "bench.log"):
         return {"bench": f"FAILED: see {output / 'bench.log'}"}
     environment = {
@@ -143,6 +143,8 @@ def _headlines(path: Path) -> dict[str, str]:
     for record in records:
         if record.suite == "host" and record.impl == "ours" and record.ratio_to == "eager":
             found[f"host, {record.case}: ours / eager"] = f"{record.ratio:.3f}"
+        elif record.suite == "protocol":
+            found[f"{record.case}: {record.impl} / {record.ratio_to}"] = f"{record.ratio:.3f}"
         elif record.suite == "train_step":
             found[f"train step: {record.impl} / {record.ratio_to}"] = f"{record.ratio:.3f}"
         elif record.suite == "memory" and "peak" in record.case and record.impl == "ours":

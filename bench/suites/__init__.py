@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 
 from ..records import Recorder
 from ..settings import Settings
-from . import accuracy, decode, host, memory, merge, merge_checkpoint, mixed, operators, train_step
+from . import accuracy, decode, host, memory, merge, merge_checkpoint, mixed, operators, protocol, train_step
 
 SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "operators": operators.run,
     "accuracy": accuracy.run,
     "host": host.run,
     "train_step": train_step.run,
+    "protocol": protocol.run,
     "decode": decode.run,
     "memory": memory.run,
     "mixed": mixed.run,
