@@ -30,8 +30,21 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(next(build.glob("_C.*")), target)
-        for library in build.glob("libia3_cuda.*"):  # where there are CUDA kernels to build
-            shutil.copy2(library, target.parent)
+        place_cuda_kernels(build, target.parent)
+
+    def copy_extensions_to_source(self) -> None:
+        """Place what an installation in place, or an editable one, imports from the checkout."""
+        super().copy_extensions_to_source()
+        place_cuda_kernels(Path(self.build_lib) / "ia3_kernels", ROOT / "ia3_kernels")
+
+
+def place_cuda_kernels(source: Path, folder: Path) -> None:
+    """Copy the library of CUDA kernels, where one was built; one of an earlier build goes in any case."""
+    built = list(source.glob("libia3_cuda.*"))
+    for stale in folder.glob("libia3_cuda.*"):
+        stale.unlink()
+    for library in built:
+        shutil.copy2(library, folder)
 
 
 def extensions() -> list[Extension]:
