@@ -6,17 +6,50 @@ differentiating twice raises.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from . import target
 from .schemas import LIBRARY
 
 ops: Any = torch.ops.ia3
+
+
+def _first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a `Function.backward` whose gradients say that they are first-order when they are differentiated again."""
+    words = (
+        f"{op}: second-order gradients are not implemented; compute first-order gradients, or run the formula in plain "
+        "torch where you differentiate twice."
+    )
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, grad: Tensor) -> Any:
+            with torch.no_grad():
+                gradients = backward(ctx, grad)
+            if not torch.is_grad_enabled():
+                return gradients
+            fail = torch._C._functions.DelayedError(words.encode(), 1)
+            return tuple(None if g is None else fail(g.detach().requires_grad_()) for g in gradients)
+
+        return wrapper
+
+    return decorate
+
+
+def _is_recorded(tensor: object) -> bool:
+    """Return whether a call on this has to make a node; one for a tangent refuses it, which would get zeros."""
+    if not isinstance(tensor, Tensor):
+        return False
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -49,7 +82,7 @@ class _ScaledLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_first_order("scaled_linear")
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, input_scale, output_scale, adapter_index, product = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_input_scale, needs_output_scale, _ = ctx.needs_input_grad
@@ -97,7 +130,7 @@ class _GatedActivation(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
+    @_first_order("gated_activation")
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate, up, scale, adapter_index = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
@@ -116,7 +149,7 @@ class _ScaledActivation(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
+    @_first_order("scaled_activation")
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, adapter_index = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:2])
@@ -167,7 +200,7 @@ def _register_autograd(op: str, function: type[torch.autograd.Function], default
     def kernel(*args: Any) -> Any:
         # The dispatcher leaves trailing defaults out; autograd.Function wants them all.
         args = args + defaults[len(args) :]
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        if any(map(_is_recorded, args)):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)

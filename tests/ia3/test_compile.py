@@ -17,6 +17,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import ia3
 from ia3_kernels import formulas
+from tests.ia3_kernels.helpers import needs_native
 
 KINDS = ("ours", "accelerated")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -100,6 +101,7 @@ def test_a_model_is_one_graph_that_computes_what_eager_does(
     assert backend.operators() == {}
 
 
+@needs_native
 @pytest.mark.parametrize("family_name", ["llama", "phi", "opt"])
 def test_a_matmul_that_beats_the_compilers_stays_whole(
     families: dict[str, Any], family_name: str, monkeypatch: pytest.MonkeyPatch

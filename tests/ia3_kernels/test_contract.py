@@ -314,6 +314,7 @@ def test_an_output_scale_keeps_the_product_and_not_x() -> None:
     assert not any(t.data_ptr() == x.data_ptr() for t in kept)
 
 
+@needs_native
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("scales_inputs", [False, True])
 def test_a_block_keeps_gate_and_up_alone(scales_inputs: bool) -> None:
