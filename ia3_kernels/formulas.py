@@ -33,7 +33,8 @@ def applies(op: str, x: Tensor) -> bool:
     """Return whether a trace of ``op`` on ``x`` is to see its formula, rather than the operator."""
     if torch.compiler.is_exporting() or x.device.type != "cpu":
         return True
-    return op != "scaled_linear" or x.dtype not in _OPAQUE_MATMULS
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return op != "scaled_linear" or dtype not in _OPAQUE_MATMULS
 
 
 class _Gather(torch.autograd.Function):
@@ -73,6 +74,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast an operand of a matmul as autocast does, which leaves fp64 alone."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
 def scaled_linear(
     x: Tensor,
     weight: Tensor,
@@ -82,6 +88,9 @@ def scaled_linear(
     adapter_index: Tensor | None,
 ) -> Tensor:
     """Trace ``((x ∘ s_in) Wᵀ + b) ∘ s_out``."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
     check_scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
     if input_scale is not None:
         x = _scaled(_wide(x), input_scale, adapter_index).to(x.dtype)

@@ -128,6 +128,23 @@ def test_gradients_of_adapters_are_no_atomic_sums() -> None:
         torch.testing.assert_close(leaf.grad, expected)
 
 
+@pytest.mark.parametrize("is_opaque", [False, True])
+def test_autocast_is_traced(is_opaque: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formulas, "_OPAQUE_MATMULS", frozenset({torch.bfloat16} if is_opaque else ()))
+    for name in ("scaled_linear", "gated_mlp", "mlp"):
+        function, tensors = _cases(torch.float32, False)[name]
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        exact = _run(function, [tensor.double() for tensor in tensors])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            # A layer's output is already in bf16, its weight is not.
+            mixed = [tensors[0].bfloat16(), *tensors[1:]]
+            for result, eager, oracle in zip(_run(compiled, mixed), _run(function, mixed), exact, strict=True):
+                assert result.dtype == eager.dtype
+                limit = 2 * max(error(eager, oracle), 2 * torch.finfo(torch.bfloat16).eps)
+                assert error(result, oracle) <= limit, name
+
+
 def test_bad_arguments_get_their_sentence_from_a_trace_too() -> None:
     compiled = torch.compile(lambda x, s: kernels.scaled_activation(x, s), backend="eager")
     with pytest.raises(RuntimeError, match=r"scaled_activation: scale has shape \[5\]; expected \[12\]"):
