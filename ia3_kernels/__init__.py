@@ -115,18 +115,16 @@ def gated_activation(
         RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument.
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
+    if out is not None:
+        return _activation_into(out, gate, up, scale, activation, adapter_index)
     if torch.compiler.is_compiling():
         if formulas.applies("gated_activation", gate):
-            h = formulas.gated_activation(gate, up, scale, activation, adapter_index)
-            return h if out is None else out.copy_(h)
-    elif out is not None:
-        return _activation_into(out, gate, up, scale, activation, adapter_index)
+            return formulas.gated_activation(gate, up, scale, activation, adapter_index)
     elif _fast is not None:
-        h = _fast.gated_activation(gate, up, scale, activation, adapter_index)
+        h: Tensor | None = _fast.gated_activation(gate, up, scale, activation, adapter_index)
         if h is not None:
-            return h  # type: ignore[no-any-return]
-    h = _ops.gated_activation(gate, up, scale, activation, adapter_index)
-    return h if out is None else out.copy_(h)
+            return h
+    return _ops.gated_activation(gate, up, scale, activation, adapter_index)  # type: ignore[no-any-return]
 
 
 def scaled_activation(
@@ -153,18 +151,16 @@ def scaled_activation(
         RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument.
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
+    if out is not None:
+        return _activation_into(out, x, None, scale, activation, adapter_index)
     if torch.compiler.is_compiling():
         if formulas.applies("scaled_activation", x):
-            h = formulas.scaled_activation(x, scale, activation, adapter_index)
-            return h if out is None else out.copy_(h)
-    elif out is not None:
-        return _activation_into(out, x, None, scale, activation, adapter_index)
+            return formulas.scaled_activation(x, scale, activation, adapter_index)
     elif _fast is not None:
-        h = _fast.scaled_activation(x, scale, activation, adapter_index)
+        h: Tensor | None = _fast.scaled_activation(x, scale, activation, adapter_index)
         if h is not None:
-            return h  # type: ignore[no-any-return]
-    h = _ops.scaled_activation(x, scale, activation, adapter_index)
-    return h if out is None else out.copy_(h)
+            return h
+    return _ops.scaled_activation(x, scale, activation, adapter_index)  # type: ignore[no-any-return]
 
 
 def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
@@ -273,11 +269,10 @@ def _activation_into(
     adapter_index: Tensor | None,
 ) -> Tensor:
     """Write an activation into memory that the caller has."""
-    check_out("scaled_activation" if up is None else "gated_activation", out, gate)
-    if isinstance(_library, ModuleType):
-        _library.activation_into(gate, up, scale, activation, adapter_index, out)
-    elif up is None:
-        out.copy_(_ops.scaled_activation(gate, scale, activation, adapter_index))
-    else:
-        out.copy_(_ops.gated_activation(gate, up, scale, activation, adapter_index))
-    return out
+    check_out("scaled_activation" if up is None else "gated_activation", out, gate, up, scale)
+    write = None if _fast is None or torch.compiler.is_compiling() else _fast.activation_into
+    if write is not None and write(out, gate, up, scale, activation, adapter_index) is not None:
+        return out
+    if up is None:
+        return out.copy_(scaled_activation(gate, scale, activation, adapter_index))
+    return out.copy_(gated_activation(gate, up, scale, activation, adapter_index))

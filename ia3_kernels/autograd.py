@@ -31,7 +31,7 @@ def _first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def wrapper(ctx: Any, grad: Tensor) -> Any:
-            with torch.no_grad():
+            with torch.no_grad(), torch._C._DisableAutocast():
                 gradients = backward(ctx, grad)
             if not torch.is_grad_enabled():
                 return gradients
@@ -237,8 +237,9 @@ def _register_all() -> None:
     _register_autograd("scaled_activation", _ScaledActivation, (None, None, "silu", None))
     _register_autocast("cpu", "AutocastCPU")
     _register_autocast("cuda", "AutocastCUDA")
-    LIBRARY.impl("gated_mlp", _gated_mlp, "CompositeImplicitAutograd")
-    LIBRARY.impl("mlp", _mlp, "CompositeImplicitAutograd")
+    for key in ("Autograd", "CompositeExplicitAutograd"):
+        LIBRARY.impl("gated_mlp", _gated_mlp, key)
+        LIBRARY.impl("mlp", _mlp, key)
 
 
 if not isinstance(target.native_library(), ModuleType):

@@ -52,14 +52,14 @@ class _Gather(torch.autograd.Function):
         is_known = (adapter_index >= 0) & (adapter_index < adapters)
         unknown = torch.where(adapter_index == -1, adapters, adapters + 1)
         row = torch.where(is_known, adapter_index, unknown).reshape(-1)
-        return torch.cat([scale, beside]).index_select(0, row).view(*adapter_index.shape, -1)
+        return torch.cat([scale, beside]).index_select(0, row).view(*adapter_index.shape, scale.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (adapter_index,) = ctx.saved_tensors
         numbers = torch.arange(ctx.adapters, device=adapter_index.device, dtype=torch.int32)
         chosen = adapter_index.reshape(-1, 1) == numbers
-        return chosen.to(grad.dtype).t() @ grad.reshape(-1, grad.shape[-1]), None
+        return chosen.to(grad.dtype).t() @ grad.flatten(0, -2), None
 
 
 def _scaled(x: Tensor, scale: Tensor | None, adapter_index: Tensor | None) -> Tensor:
@@ -88,7 +88,7 @@ def scaled_linear(
     adapter_index: Tensor | None,
 ) -> Tensor:
     """Trace ``((x ∘ s_in) Wᵀ + b) ∘ s_out``."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
     check_scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)

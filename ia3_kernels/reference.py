@@ -57,7 +57,7 @@ def _rows_of_scale(scale: Tensor, adapter_index: Tensor | None, dtype: torch.dty
     return (
         torch.cat([scale, ones])
         .index_select(0, adapter_index.reshape(-1).long() % (adapters + 1))
-        .view(*adapter_index.shape, -1)
+        .view(*adapter_index.shape, scale.shape[1])
     )
 
 

@@ -77,7 +77,12 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
+def _check_given(op: str, name: str, tensor: object) -> None:
+    _check(isinstance(tensor, Tensor), lambda: f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor.")
+
+
 def _check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    _check_given(op, name, tensor)
     _check(
         tensor.dtype in DTYPES,
         lambda: f"{op}: {name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}.",
@@ -85,6 +90,7 @@ def _check_dtype(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_same(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    _check_given(op, name, tensor)
     _check(
         tensor.dtype == like.dtype,
         lambda: f"{op}: {name} has dtype {tensor.dtype}, but {like_name} has {like.dtype}; convert one of them.",
@@ -160,6 +166,7 @@ def check_scaled_linear(
     """Raise a sentence unless the arguments of ``scaled_linear`` fit together."""
     op = "scaled_linear"
     _check_dtype(op, "x", x)
+    _check_given(op, "weight", weight)
     _check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [out, in].")
     _check_same(op, "weight", weight, "x", x)
     _check(
@@ -188,6 +195,8 @@ def check_activation(
     _check_dtype(op, name, x)
     _check(x.dim() >= 1, lambda: f"{op}: {name} has no dimensions; expected at least one.")
     _check_activation(op, activation)
+    if op.startswith("gated"):
+        _check_given(op, "up", up)
     if up is not None:
         _check(
             up.shape == x.shape,
@@ -225,11 +234,14 @@ def check_scale_pair(x: Tensor, first: Tensor, second: Tensor) -> None:
     _check_dtype(op, "x", x)
     _check(x.dim() >= 1, lambda: f"{op}: x has no dimensions; expected at least one.")
     for name, scale in (("first", first), ("second", second)):
+        _check_given(op, name, scale)
         _check_scale(op, name, scale, x.shape[-1], x, None)
 
 
-def check_out(op: str, out: Tensor, like: Tensor) -> None:
-    """Raise a sentence unless a result can be written into ``out``."""
+def check_out(op: str, out: Tensor, like: Tensor, *others: Tensor | None) -> None:
+    """Raise a sentence unless a result can be written into ``out``, computed from ``like`` and others."""
+    for name, tensor in (("out", out), ("the input", like)):
+        _check_given(op, name, tensor)
     _check(
         out.shape == like.shape and out.dtype == like.dtype and out.device == like.device and out.is_contiguous(),
         lambda: (
@@ -238,7 +250,7 @@ def check_out(op: str, out: Tensor, like: Tensor) -> None:
         ),
     )
     _check(
-        not torch.is_grad_enabled() or not (out.requires_grad or like.requires_grad),
+        not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (out, like, *others)),
         lambda: f"{op}: out is given where a gradient is recorded; call it under torch.no_grad(), or without out.",
     )
 
@@ -249,6 +261,7 @@ def check_scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
     _check_dtype(op, "weight", weight)
     _check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [out, in].")
     _check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the rows) or 1 (scale the columns).")
+    _check_given(op, "scale", scale)
     _check_scale(op, "scale", scale, weight.shape[dim], weight, None)
 
 
@@ -356,8 +369,10 @@ def check_arguments(op: str, *args: Any) -> None:
             check_gradient("scaled_activation", grad, x)
         case "scale_pair", [x, first, second]:
             check_scale_pair(x, first, second)
-        case "scale_pair_backward", [_, _, x, first, second, _]:
+        case "scale_pair_backward", [grad_first, grad_second, x, first, second, _]:
             check_scale_pair(x, first, second)
+            check_gradient("scale_pair", grad_first, x)
+            check_gradient("scale_pair", grad_second, x)
         case "scale_weight_", [weight, scale, dim]:
             check_scale_weight_(weight, scale, dim)
         case "merge_exact_" | "stays_finite", [weight, scale, dim]:
@@ -474,7 +489,7 @@ def _scale_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tenso
 def _scale_pair_backward(
     grad_first: Tensor, grad_second: Tensor, x: Tensor, first: Tensor, second: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_scale_pair(x, first, second)
+    check_arguments("scale_pair_backward", grad_first, grad_second, x, first, second, output_mask)
     wants_x, wants_first, wants_second = output_mask
     return _empty(x, wants_x), _empty(first, wants_first), _empty(second, wants_second)
 

@@ -1,4 +1,6 @@
 // Activations, and a pair of scaled copies, on CPU tensors: threads, and sums over rows in two stages.
+#include <c10/util/SmallVector.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -23,15 +25,15 @@ struct Chunk {
 // and `order` stays empty.
 struct RowPlan {
   std::vector<int64_t> order;
-  std::vector<Chunk> chunks;
+  c10::SmallVector<Chunk, 8> chunks;
 
   RowPlan(const int32_t* index, int64_t rows, int64_t adapters) {
-    std::vector<int64_t> starts = {0, 0, rows};  // adapter a's rows begin at starts[a + 1]
+    c10::SmallVector<int64_t, 8> starts = {0, 0, rows};  // adapter a's rows begin at starts[a + 1]
     if (index != nullptr) {
       starts.assign(size_t(adapters) + 2, 0);
       for (int64_t r = 0; r < rows; ++r) ++starts[size_t(index[r] + 2)];
       for (size_t a = 1; a < starts.size(); ++a) starts[a] += starts[a - 1];
-      std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+      c10::SmallVector<int64_t, 8> next(starts.begin(), starts.end() - 1);
       order.resize(size_t(rows));
       for (int64_t r = 0; r < rows; ++r) order[size_t(next[size_t(index[r] + 1)]++)] = r;
     }
@@ -43,10 +45,19 @@ struct RowPlan {
   }
 };
 
+bool is_whole(const RowPlan& plan, const at::Tensor& scale) { return plan.chunks.size() == 1 && scale.dim() == 1; }
+
+// Room for the chunks' sums [chunks, cols]; of a single one, for the gradient of a vector itself.
+at::Tensor empty_partials(const RowPlan& plan, const at::Tensor& scale) {
+  if (is_whole(plan, scale)) return at::detail::empty_cpu(scale.sizes(), at::kFloat);
+  return at::detail::empty_cpu({int64_t(plan.chunks.size()), scale.size(-1)}, at::kFloat);
+}
+
 // The second stage: ds[a, i] = sum over the chunks of adapter a, in order, in double.
-at::Tensor reduce_partials(const at::Tensor& partials, const std::vector<Chunk>& chunks, const at::Tensor& scale) {
+at::Tensor reduce_partials(const at::Tensor& partials, const RowPlan& plan, const at::Tensor& scale) {
   const int64_t cols = scale.size(-1);
-  if (chunks.size() == 1 && scale.dim() == 1) return partials.view(scale.sizes()).to(scale.scalar_type());
+  if (is_whole(plan, scale)) return scale.scalar_type() == at::kFloat ? partials : partials.to(scale.scalar_type());
+  const auto& chunks = plan.chunks;
   const at::Tensor result = at::zeros(scale.sizes(), at::kFloat);
   float* sums = result.mutable_data_ptr<float>();
   const float* parts = partials.const_data_ptr<float>();
@@ -122,7 +133,7 @@ Gradients native_activation_backward(const at::Tensor& grad, const at::Tensor& g
 
   const RowPlan plan(scales.view.index, rows, adapter_index ? scale->size(0) : 1);
   const int64_t count = int64_t(plan.chunks.size());
-  const at::Tensor partials = at::empty({wants_scale ? count : 0, cols}, at::kFloat);
+  const at::Tensor partials = wants_scale ? empty_partials(plan, *scale) : at::Tensor();
   float* parts = wants_scale ? partials.mutable_data_ptr<float>() : nullptr;
   const auto& kernels = cpu::kernels();
   const int64_t blocks = (cols + kColumnBlock - 1) / kColumnBlock;
@@ -137,7 +148,7 @@ Gradients native_activation_backward(const at::Tensor& grad, const at::Tensor& g
                                   col, std::min(col + kColumnBlock, cols));
     }
   });
-  return {grad_gate, grad_up, wants_scale ? reduce_partials(partials, plan.chunks, *scale) : no_scale};
+  return {grad_gate, grad_up, wants_scale ? reduce_partials(partials, plan, *scale) : no_scale};
 }
 
 std::tuple<at::Tensor, at::Tensor> native_scale_pair(const at::Tensor& x, const at::Tensor& first,
@@ -179,7 +190,9 @@ Gradients native_scale_pair_backward(const at::Tensor& grad_first, const at::Ten
   const RowPlan plan(nullptr, rows.count, 1);
   const int64_t count = int64_t(plan.chunks.size()), cols = rows.cols;
   std::array<at::Tensor, 2> partials;
-  for (size_t i = 0; i < 2; ++i) partials[i] = at::empty({mask[i + 1] ? count : 0, cols}, at::kFloat);
+  for (size_t i = 0; i < 2; ++i) {
+    if (mask[i + 1]) partials[i] = empty_partials(plan, scales[i]);
+  }
   const auto part = [&](size_t i, int64_t chunk) {
     return mask[i + 1] ? partials[i].mutable_data_ptr<float>() + chunk * cols : nullptr;
   };
@@ -194,7 +207,7 @@ Gradients native_scale_pair_backward(const at::Tensor& grad_first, const at::Ten
     }
   });
   for (size_t i = 0; i < 2; ++i) {
-    sums[i] = mask[i + 1] ? reduce_partials(partials[i], plan.chunks, scales[i]) : nothing_like(scales[i]);
+    sums[i] = mask[i + 1] ? reduce_partials(partials[i], plan, scales[i]) : nothing_like(scales[i]);
   }
   return {grad_x, sums[0], sums[1]};
 }

@@ -39,8 +39,6 @@ variable_list first_order(const char* op, variable_list gradients) {
 
 namespace {
 
-at::Tensor flat(const at::Tensor& x) { return x.reshape_symint({-1, x.sym_size(-1)}); }
-
 struct ScaledLinear : torch::autograd::Function<ScaledLinear> {
   static constexpr bool is_traceable = true;
 
@@ -79,7 +77,7 @@ struct ScaledLinear : torch::autograd::Function<ScaledLinear> {
     const bool needs_product = needs_x || needs_weight || needs_bias || needs_input_scale;
     variable_list result(6);
     {
-      const at::AutoDispatchBelowADInplaceOrView below;
+      const BelowAutograd below;
       // y = z s_out:  dz = dy s_out, ds_out = sum of dy z
       at::Tensor dz = grads[0];
       if (needs_output_scale) {
@@ -129,7 +127,7 @@ struct GatedActivation : torch::autograd::Function<GatedActivation> {
                                    scale && ctx->needs_input_grad(2)};
     variable_list result(5);
     {
-      const at::AutoDispatchBelowADInplaceOrView below;
+      const BelowAutograd below;
       const std::string& activation = ctx->saved_data.begin()->second.toStringRef();
       std::tie(result[0], result[1], result[2]) =
           call::gated_activation_backward(grads[0], saved[0], saved[1], scale, activation, optional(saved[3]), mask);
@@ -162,7 +160,7 @@ struct ScaledActivation : torch::autograd::Function<ScaledActivation> {
     const bool needs_x = ctx->needs_input_grad(0), needs_scale = scale && ctx->needs_input_grad(1);
     variable_list result(4);
     {
-      const at::AutoDispatchBelowADInplaceOrView below;
+      const BelowAutograd below;
       if (!saved[0].defined()) {
         result[0] = call::scaled_activation(grads[0], scale, "identity", adapter_index);
       } else {
@@ -205,6 +203,12 @@ void write_weight(const at::Tensor& weight, const at::Tensor& scale, int64_t dim
   TORCH_CHECK(!any_recorded(weight, scale),
               "scale_weight_: weight or scale requires grad, and an in-place scaling is not differentiable; call it "
               "under torch.no_grad().");
+  const at::AutoDispatchBelowAutograd below;
+  call::scale_weight_(weight, scale, dim);
+}
+
+// In inference mode too, where the above is left out, and a weight may be part of a graph all the same
+void note_write(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     call::scale_weight_(weight, scale, dim);
@@ -229,6 +233,8 @@ TORCH_LIBRARY_IMPL(ia3, Autograd, m) {
   m.impl("scaled_activation", record_scaled);
   m.impl("scale_weight_", write_weight);
 }
+
+TORCH_LIBRARY_IMPL(ia3, ADInplaceOrView, m) { m.impl("scale_weight_", note_write); }
 
 TORCH_LIBRARY_IMPL(ia3, AutocastCPU, m) { m.impl("scaled_linear", autocast_linear<c10::kCPU>); }
 TORCH_LIBRARY_IMPL(ia3, AutocastCUDA, m) { m.impl("scaled_linear", autocast_linear<c10::kCUDA>); }

@@ -10,6 +10,11 @@
 
 namespace ia3 {
 
+// [*, n] as [rows, n]; also where n is 0, which leaves no row count to infer
+inline at::Tensor flat(const at::Tensor& x) {
+  return x.dim() == 2 ? x : x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);
+}
+
 // None for an undefined tensor
 OptionalTensor optional(const at::Tensor& tensor);
 

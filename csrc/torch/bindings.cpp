@@ -1,4 +1,5 @@
 // The Python module ia3_kernels._C: the operators' fast path from Python, and what ia3_kernels asks of the library.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -51,7 +52,10 @@ class Arguments {
     Py_ssize_t size = 0;
     const char* const text =
         i < count_ && PyUnicode_Check(values_[i]) ? PyUnicode_AsUTF8AndSize(values_[i], &size) : nullptr;
-    plain_ = plain_ && text != nullptr;
+    if (text == nullptr) {
+      PyErr_Clear();  // of a word that is no UTF-8
+      plain_ = false;
+    }
     return text == nullptr ? std::string_view() : std::string_view(text, size_t(size));
   }
 
@@ -60,10 +64,30 @@ class Arguments {
       plain_ = false;
       return 0;
     }
-    return PyLong_AsLongLong(values_[i]);
+    int overflow = 0;
+    const int64_t value = PyLong_AsLongLongAndOverflow(values_[i], &overflow);
+    plain_ = plain_ && overflow == 0;
+    return value;
   }
 
   bool plain() const { return plain_; }
+
+  // Whether the dispatcher would come straight to a CPU's or GPU's kernel: nothing listens, and nothing is lazy
+  bool reaches_kernels(std::initializer_list<const OptionalTensor> tensors) const {
+    using c10::DispatchKey, c10::DispatchKeySet;
+    static const DispatchKeySet plain =
+        DispatchKeySet(DispatchKey::CPU) | DispatchKeySet(DispatchKey::CUDA) |
+        DispatchKeySet(DispatchKey::AutogradCPU) | DispatchKeySet(DispatchKey::AutogradCUDA) |
+        DispatchKeySet(DispatchKey::ADInplaceOrView) | DispatchKeySet(DispatchKey::BackendSelect);
+    const auto local = c10::impl::tls_local_dispatch_key_set();
+    for (const OptionalTensor& tensor : tensors) {
+      if (!tensor) continue;
+      // On the bits: subtracting key sets leaves the backend's bit standing.
+      const auto keys = (tensor->key_set() | local.included_) - local.excluded_;
+      if ((keys.raw_repr() & ~plain.raw_repr()) != 0) return false;
+    }
+    return true;
+  }
 
  private:
   PyObject* const* values_;
@@ -144,29 +168,40 @@ PyObject* fast_scale_weight_(PyObject*, PyObject* const* values, Py_ssize_t coun
   END_HANDLE_TH_ERRORS
 }
 
+// gated_activation or, with `up` None, scaled_activation into memory that the caller has; schemas.py has checked it.
+PyObject* fast_activation_into(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments args(values, count);
+  const at::Tensor &out = args.tensor(0), &gate = args.tensor(1);
+  const OptionalTensor up = args.optional(2), scale = args.optional(3), adapter_index = args.optional(5);
+  const std::string_view activation = args.word(4);
+  if (!args.plain() || !args.reaches_kernels({out, gate, up, scale, adapter_index})) Py_RETURN_NONE;
+  return run(args, [&] {
+    const char* const op = up ? "gated_activation" : "scaled_activation";
+    const BelowAutograd below;
+    const Activation kind = check_activation(op, gate, up, scale, activation, adapter_index);
+    for (const OptionalTensor& given : {OptionalTensor(gate), up, scale}) {
+      if (given) at::assert_no_partial_overlap(out, *given);
+    }
+    backend_of(op, gate).activation(gate, up, as_vector(scale, adapter_index), kind, adapter_index, out);
+    torch::autograd::impl::bump_version(out);
+    return out;
+  });
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef* fast_functions() {
   // Not a const table: Python keeps the addresses.
   static PyMethodDef functions[] = {
 #define IA3_FAST(name) \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fast_##name)), METH_FASTCALL, nullptr}
-      IA3_FAST(scaled_linear), IA3_FAST(gated_activation), IA3_FAST(scaled_activation),   IA3_FAST(gated_mlp),
-      IA3_FAST(mlp),           IA3_FAST(scale_weight_),    {nullptr, nullptr, 0, nullptr}};
+      IA3_FAST(activation_into), IA3_FAST(scaled_linear), IA3_FAST(gated_activation), IA3_FAST(scaled_activation),
+      IA3_FAST(gated_mlp),       IA3_FAST(mlp),           IA3_FAST(scale_weight_),    {nullptr, nullptr, 0, nullptr}};
 #undef IA3_FAST
   return functions;
 }
 
 // --- the rest ---
-
-// An activation into memory that the caller has; schemas.py has checked `out`.
-void activation_into(const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
-                     const std::string& activation, const OptionalTensor& adapter_index, const at::Tensor& out) {
-  const char* const op = up ? "gated_activation" : "scaled_activation";
-  const py::gil_scoped_release release;
-  const BelowAutograd below;
-  const Activation kind = check_activation(op, gate, up, scale, activation, adapter_index);
-  backend_of(op, gate).activation(gate, up, as_vector(scale, adapter_index), kind, adapter_index, out);
-  torch::autograd::impl::bump_version(out);
-}
 
 // A function of backend.h that runs without the GIL, as it runs below autograd
 template <typename Result, typename... Args>
@@ -188,7 +223,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   auto fast = m.def_submodule("fast", "The operators without torch.ops' overhead; None for what torch.ops has to do.");
   if (PyModule_AddFunctions(fast.ptr(), fast_functions()) != 0) throw py::error_already_set();
 
-  m.def("activation_into", &activation_into);
   m.def("merge_exact_", below_autograd(&merge_exact_));
   m.def("unmerge_exact_", below_autograd(&unmerge_exact_));
   m.def("stays_finite", below_autograd(&stays_finite));

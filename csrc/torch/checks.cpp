@@ -16,22 +16,29 @@ template <typename... Args>
 [[noreturn]] void refuse(const char* function, const Args&... args) {
   py::gil_scoped_acquire gil;
   py::module_::import("ia3_kernels.schemas").attr(function)(args...);
-  TORCH_CHECK(false, "ia3_kernels: ", function, " of schemas.py accepts arguments that csrc/torch/checks.cpp refuses; ",
-              "please report it.");
+  TORCH_CHECK(false, "ia3_kernels: a tensor has no memory of its own, being sparse or because its storage was freed; ",
+              "expected dense tensors.");
+}
+
+// Whether the elements are somewhere in memory: what is sparse, or was freed, has none.
+bool is_dense(const at::Tensor& x) {
+  return x.defined() && x.layout() == at::kStrided && x.has_storage() &&
+         (x.numel() == 0 || x.storage().data() != nullptr);
 }
 
 bool is_float(const at::Tensor& x) {
+  if (!is_dense(x)) return false;
   const auto type = x.scalar_type();
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
 bool is_like(const at::Tensor& tensor, const at::Tensor& x) {
-  return tensor.scalar_type() == x.scalar_type() && tensor.device() == x.device();
+  return is_dense(tensor) && tensor.scalar_type() == x.scalar_type() && tensor.device() == x.device();
 }
 
 bool is_scale(const OptionalTensor& scale, int64_t size, const at::Tensor& x, bool has_index) {
   if (!scale) return true;
-  if (!scale->is_floating_point() || scale->device() != x.device()) return false;
+  if (!is_dense(*scale) || !scale->is_floating_point() || scale->device() != x.device()) return false;
   if (has_index) return scale->dim() == 2 && scale->size(1) == size;
   if (scale->dim() == 1) return scale->size(0) == size;
   return scale->dim() == 2 && scale->numel() == size && (scale->size(0) == 1 || scale->size(1) == 1) &&
@@ -39,7 +46,7 @@ bool is_scale(const OptionalTensor& scale, int64_t size, const at::Tensor& x, bo
 }
 
 bool is_index(const OptionalTensor& index, const at::Tensor& x) {
-  return !index || (index->scalar_type() == at::kInt && index->device() == x.device() &&
+  return !index || (is_dense(*index) && index->scalar_type() == at::kInt && index->device() == x.device() &&
                     index->sizes() == x.sizes().slice(0, x.dim() - 1));
 }
 
@@ -61,9 +68,9 @@ void check_bounds(const OptionalTensor& given, int64_t adapters) {
 void check_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& input_scale, const OptionalTensor& output_scale,
                   const OptionalTensor& adapter_index) {
-  const bool fits = is_float(x) && weight.dim() == 2 && is_like(weight, x) && x.dim() >= 1 &&
+  const bool fits = is_float(x) && is_like(weight, x) && weight.dim() == 2 && x.dim() >= 1 &&
                     x.size(-1) == weight.size(1) &&
-                    (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && is_like(*bias, x))) &&
+                    (!bias || (is_like(*bias, x) && bias->dim() == 1 && bias->size(0) == weight.size(0))) &&
                     is_scale(input_scale, weight.size(1), x, adapter_index.has_value()) &&
                     is_scale(output_scale, weight.size(0), x, adapter_index.has_value()) &&
                     is_index(adapter_index, x) && (!adapter_index || input_scale || output_scale);
@@ -80,21 +87,25 @@ Activation check_activation(std::string_view op, const at::Tensor& gate, const O
   static constexpr std::array<std::string_view, 6> kNames = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
   const auto kind = std::find(kNames.begin(), kNames.end(), activation);
   const bool fits = is_float(gate) && gate.dim() >= 1 && kind != kNames.end() &&
-                    (!up || (up->sizes() == gate.sizes() && is_like(*up, gate))) &&
+                    (!up || (is_like(*up, gate) && up->sizes() == gate.sizes())) &&
                     is_scale(scale, gate.size(-1), gate, adapter_index.has_value()) && is_index(adapter_index, gate) &&
                     (!adapter_index || scale);
   if (!fits) refuse("check_activation", std::string(op), gate, up, scale, std::string(activation), adapter_index);
-  if (grad.defined() && !(grad.sizes() == gate.sizes() && is_like(grad, gate))) {
+  if (grad.defined() && !(is_like(grad, gate) && grad.sizes() == gate.sizes())) {
     refuse("check_gradient", std::string(op), grad, gate);
   }
   if (adapter_index) check_bounds(adapter_index, scale->size(0));
   return static_cast<Activation>(kind - kNames.begin());
 }
 
-void check_scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second) {
+void check_scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second,
+                      std::initializer_list<at::Tensor> grads) {
   const bool fits =
       is_float(x) && x.dim() >= 1 && is_scale(first, x.size(-1), x, false) && is_scale(second, x.size(-1), x, false);
   if (!fits) refuse("check_scale_pair", x, first, second);
+  for (const at::Tensor& grad : grads) {
+    if (!is_like(grad, x) || grad.sizes() != x.sizes()) refuse("check_gradient", "scale_pair", grad, x);
+  }
 }
 
 void check_scale_weight(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {

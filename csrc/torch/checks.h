@@ -18,7 +18,9 @@ Activation check_activation(std::string_view op, const at::Tensor& gate, const O
                             const OptionalTensor& scale, std::string_view activation,
                             const OptionalTensor& adapter_index, const at::Tensor& grad = {});
 
-void check_scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second);
+// `grads`: of both results, in the backward pass
+void check_scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second,
+                      std::initializer_list<at::Tensor> grads = {});
 
 void check_scale_weight(const at::Tensor& weight, const at::Tensor& scale, int64_t dim);
 

@@ -177,7 +177,8 @@ at::Tensor native_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const at::DimVector shape = output_shape(x, out);
   const int64_t rows = c10::multiply_integers(shape.begin(), shape.end() - 1);
   if (rows == 0 || out == 0 || in == 0) {  // an empty sum is the bias alone
-    const at::Tensor sum = bias ? bias->expand(shape).contiguous() : at::zeros(shape, x.options());
+    const at::Tensor sum =
+        bias ? bias->expand(shape).clone(at::MemoryFormat::Contiguous) : at::zeros(shape, x.options());
     if (product != nullptr) *product = sum;
     if (!output_scale) return sum;
     return native_activation(sum, std::nullopt, output_scale, Activation::kIdentity, adapter_index, std::nullopt);

@@ -29,8 +29,7 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight) {
 at::Tensor add_product(at::Tensor sum, const at::Tensor& x, const at::Tensor& weight) {
   // Where our own matmul is the faster one: CPUs, in 16 bits
   if (sum.is_cpu() && sum.scalar_type() != at::kFloat) return sum.add_(product(x, weight));
-  const at::Tensor rows = sum.view_symint({-1, sum.sym_size(-1)});
-  rows.addmm_(x.reshape_symint({-1, x.sym_size(-1)}), weight);
+  flat(sum).addmm_(flat(x), weight);
   return sum;
 }
 
@@ -84,7 +83,7 @@ struct GatedMlp : torch::autograd::Function<GatedMlp> {
     const bool needs_inputs = needs_x || needs_gate_scale || needs_up_scale;
     variable_list result(8);
     {
-      const at::AutoDispatchBelowADInplaceOrView below;
+      const BelowAutograd below;
       auto [grad_gate, grad_up, grad_scale] = call::gated_activation_backward(
           product(grads[0], down_weight), saved[7], saved[8], scale, ctx->saved_data.begin()->second.toStringRef(), {},
           {needs_inputs, needs_inputs, needs_scale});
@@ -123,7 +122,7 @@ struct Mlp : torch::autograd::Function<Mlp> {
     const bool needs_x = ctx->needs_input_grad(0), needs_scale = scale && ctx->needs_input_grad(3);
     variable_list result(7);
     {
-      const at::AutoDispatchBelowADInplaceOrView below;
+      const BelowAutograd below;
       auto [grad_up, grad_scale] =
           call::scaled_activation_backward(product(grads[0], saved[1]), saved[3], scale,
                                            ctx->saved_data.begin()->second.toStringRef(), {}, {needs_x, needs_scale});

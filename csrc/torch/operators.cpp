@@ -1,6 +1,7 @@
 // The operators below autograd: arguments are checked, and their device's backend computes.
 #include "operators.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include "backend.h"
@@ -86,7 +87,7 @@ Tensor2 scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tenso
 Tensor3 scale_pair_backward(const at::Tensor& grad_first, const at::Tensor& grad_second, const at::Tensor& x,
                             const at::Tensor& first, const at::Tensor& second, std::array<bool, 3> mask) {
   const BelowAutograd below;
-  check_scale_pair(x, first, second);
+  check_scale_pair(x, first, second, {grad_first, grad_second});
   auto result = backend_of("scale_pair_backward", x)
                     .scale_pair_backward(grad_first, grad_second, x, as_vector(first), as_vector(second), mask);
   if (mask[1]) shape_like(std::get<1>(result), first);
@@ -97,6 +98,8 @@ Tensor3 scale_pair_backward(const at::Tensor& grad_first, const at::Tensor& grad
 void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
   const BelowAutograd below;
   check_scale_weight(weight, scale, dim);
+  at::assert_no_internal_overlap(weight);
+  at::assert_no_overlap(weight, scale);
   backend_of("scale_weight_", weight).scale_weight_(weight, as_vector(scale), dim);
 }
 

@@ -205,19 +205,25 @@ def _register(op: str) -> None:
 def _register_in_place(op: str) -> None:
     """Tell autograd of an operator that writes over its first argument, and is not differentiable."""
     operator = getattr(torch.ops.ia3, op)
+    is_noted = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
-    def kernel(weight: Tensor, *args: Any) -> Any:
+    def refuse(weight: Tensor, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in (weight, *args)):
             raise RuntimeError(
                 f"{op}: weight or scale requires grad, and an in-place scaling is not differentiable; "
                 "call it under torch.no_grad()."
             )
         with torch._C._AutoDispatchBelowAutograd():
+            return operator(weight, *args)
+
+    def note(weight: Tensor, *args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(is_noted):
             result = operator(weight, *args)
         torch.autograd.graph.increment_version(weight)
         return result
 
-    LIBRARY.impl(op, kernel, "Autograd")
+    LIBRARY.impl(op, refuse, "Autograd")
+    LIBRARY.impl(op, note, "ADInplaceOrView")  # in inference mode too, where a weight may be part of a graph
 
 
 def _register_all() -> None:

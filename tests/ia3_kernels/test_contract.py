@@ -264,6 +264,131 @@ def test_a_first_call_in_inference_mode_leaves_training_working() -> None:
     assert x.grad is not None
 
 
+# --- what a call may come with -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("place")
+def test_what_out_hides_from_is_found() -> None:
+    gate, up, scale = torch.randn(4, 6), torch.randn(4, 6), torch.randn(6)
+    out = torch.empty(4, 6)
+    for inputs in ((gate, up, scale.clone().requires_grad_()), (gate, up.clone().requires_grad_(), scale)):
+        with pytest.raises(RuntimeError, match="out is given where a gradient is recorded"):
+            kernels.gated_activation(*inputs, out=out)
+    both = torch.randn(30)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        kernels.scaled_activation(both[:24].view(4, 6), scale, out=both[6:].view(4, 6))
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = kernels.scaled_activation(mode.from_tensor(gate), out=mode.from_tensor(out))
+    assert fake.shape == (4, 6)
+    zero = torch._efficientzerotensor((4, 6), device=gate.device)
+    assert torch.equal(kernels.scaled_activation(zero, None, "relu", out=out), torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "gated_mlp", "mlp"])
+def test_backward_runs_inside_of_autocast_as_well(name: str) -> None:
+    x, weight, scale = torch.randn(3, 6, requires_grad=True), torch.randn(6, 6), torch.randn(6, requires_grad=True)
+    call: Callable[[], Tensor] = {
+        "scaled_linear": lambda: kernels.scaled_linear(x, weight, None, None, scale),
+        "gated_mlp": lambda: kernels.gated_mlp(x, weight, weight, weight, scale),
+        "mlp": lambda: kernels.mlp(x, weight, weight, scale),
+    }[name]
+    expected = torch.autograd.grad(call().sum(), (x, scale))
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            y = call()
+        results = torch.autograd.grad(y.sum(), (x, scale))
+    assert all(torch.equal(result, other) for result, other in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("freed", ["x", "weight", "bias", "scale"])
+def test_a_tensor_whose_memory_was_freed_is_refused(freed: str) -> None:
+    tensors = {"x": torch.randn(3, 6), "weight": torch.randn(6, 6), "bias": torch.randn(6), "scale": torch.randn(6)}
+    tensors[freed].untyped_storage().resize_(0)
+    x, weight, bias, scale = tensors.values()
+    with pytest.raises(RuntimeError):
+        kernels.scaled_linear(x, weight, bias, None, scale)
+    if freed in ("x", "scale"):
+        with pytest.raises(RuntimeError):
+            kernels.gated_activation(x, x, scale)
+
+
+@pytest.mark.usefixtures("place")
+def test_a_write_is_noted_in_inference_mode_too() -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    y = x @ weight.t()
+    with torch.inference_mode():
+        kernels.scale_weight_(weight, torch.full((4,), 2.0), 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_merging_is_noted_in_inference_mode_too() -> None:
+    weight, scale = torch.randn(5, 4), torch.full((4,), 3.0)
+    with torch.inference_mode():
+        version = weight._version
+        residual = kernels.merge_(weight, scale, 1, exact=True)
+        merged = weight._version
+        assert residual is not None
+        kernels.unmerge_(weight, scale, 1, residual)
+    assert version < merged < weight._version
+
+
+@pytest.mark.usefixtures("place")
+def test_a_weight_that_overlaps_itself_or_its_scale_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="single memory location"):
+        kernels.scale_weight_(torch.ones(1, 4).expand(3, 4), torch.full((4,), 2.0), 1)
+    weight = torch.full((40, 4), 3.0)
+    with pytest.raises(RuntimeError, match=r"single memory location|overlap"):
+        kernels.scale_weight_(weight, weight[0], 1)
+
+
+@pytest.mark.usefixtures("place")
+def test_gradients_of_another_shape_are_refused() -> None:
+    x, scale = torch.randn(30, 4), torch.randn(4)
+    with pytest.raises(RuntimeError, match=r"scale_pair: the gradient has shape \[1, 4\]; expected .*\[30, 4\]"):
+        ops.scale_pair_backward(torch.randn(1, 4), torch.randn(1, 4), x, scale, scale, [True] * 3)
+    with pytest.raises(RuntimeError, match="the gradient has dtype"):
+        ops.scaled_activation_backward(x.bfloat16(), x, scale, "silu", None, [True, True])
+
+
+@pytest.mark.usefixtures("place")
+def test_nothing_in_some_dimension() -> None:
+    index = torch.zeros(0, dtype=torch.int32)
+    for dtype in (torch.float32, torch.float64):
+        assert kernels.scaled_activation(torch.empty(0, 4, dtype=dtype), torch.randn(2, 4), "silu", index).shape == (
+            0,
+            4,
+        )
+    for rows, inputs, outputs in ((3, 4, 0), (3, 0, 4), (0, 4, 3)):
+        weight = torch.randn(outputs, inputs, requires_grad=True)
+        kernels.scaled_linear(torch.randn(rows, inputs), weight).sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.shape == weight.shape
+    x = torch.empty(3, 0, requires_grad=True)
+    kernels.gated_mlp(x, torch.empty(5, 0), torch.empty(5, 0), torch.randn(0, 5), torch.ones(5)).sum().backward()
+    bias = torch.randn(3)
+    y = kernels.scaled_linear(torch.empty(1, 0), torch.empty(3, 0), bias)
+    assert torch.equal(y[0], bias)
+    assert y.data_ptr() != bias.data_ptr()
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    with pytest.raises(RuntimeError, match="scaled_linear: weight is of type NoneType; expected a tensor"):
+        kernels.scaled_linear(X, None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="gated_activation: up is of type NoneType; expected a tensor"):
+        kernels.gated_activation(X, None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="scale_weight_"):
+        kernels.scale_weight_(W.clone(), S6, 2**70)
+    with pytest.raises((RuntimeError, UnicodeError)):
+        kernels.scaled_activation(X, None, "\ud800")
+
+
+def test_a_trace_on_the_meta_device_sees_the_formula() -> None:
+    compiled = torch.compile(kernels.scaled_linear, backend="aot_eager", fullgraph=True)
+    y = compiled(torch.randn(3, 4, device="meta"), torch.randn(5, 4, device="meta"))
+    assert y.shape == (3, 5)
+
+
 # --- what backward keeps -----------------------------------------------------------------------------------------
 
 
