@@ -2,8 +2,9 @@
 
 Six operators, each differentiable, traceable by ``torch.compile`` and also registered as ``torch.ops.ia3.*``. Shapes:
 ``K`` = in_features, ``N`` = out_features, ``H`` = hidden size, ``I`` = intermediate size, ``A`` = adapters, ``*`` = any
-batch shape. Scales are vectors, or ``[A, n]`` matrices together with an int32 ``adapter_index`` of shape ``[*]`` that
-picks a row for every position (``-1``: no scaling). Arithmetic on scales is fp32, with one rounding at the end.
+batch shape. Scales are vectors ``[n]`` (also ``[n, 1]`` and ``[1, n]``, as PEFT stores them), or ``[A, n]`` matrices
+together with an int32 ``adapter_index`` of shape ``[*]`` that picks a row for every position (``-1``: no scaling).
+Arithmetic on scales is fp32, with one rounding at the end.
 
 Beside them, ``merge_``, ``unmerge_`` and ``swap_`` put a scale into a weight in place and take it out again to the bit.
 
