@@ -3,13 +3,15 @@
 A block is patched on the instance, by an attribute that hides the class's method and can be deleted again. Which
 blocks can be is a table: a row names the projections and the activation, and lists every name that the class's own
 method reads. A class whose method reads anything else computes something else, so no row applies to it, whatever its
-children are called; that is also how a method that another library has replaced is told.
+children are called; that is also how a method that another library has replaced is told. One that reads these names is
+tried, once, on a block of a few features: names cannot tell a product from a sum.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -144,9 +146,65 @@ def row_of(block: nn.Module) -> Row | None:
         if _reads(type(block), row.method) != row.reads:
             continue
         holders = ((row.inner, row.inner_reads), (row.outer, row.outer_reads))
-        if all(name is None or _reads(type(block._modules.get(name)), "forward") == reads for name, reads in holders):
+        if not all(
+            name is None or _reads(type(block._modules.get(name)), "forward") == reads for name, reads in holders
+        ):
+            continue
+        methods = [None if name is None else type(_holder(block, name)).forward for name, _ in holders]
+        if _agrees(row, getattr(type(block), row.method), *methods):
             return row
     return None
+
+
+class _Linear(SimpleNamespace):
+    """A linear layer of a few features, as far as a method can tell; its numbers are its own."""
+
+    def __init__(self, outputs: int, inputs: int, shift: int) -> None:
+        numbers = torch.arange(outputs * inputs, dtype=torch.float64, device="cpu")
+        super().__init__(weight=torch.sin(numbers + shift).view(outputs, inputs))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@functools.cache
+def _agrees(row: Row, method: Any, inner_method: Any, outer_method: Any) -> bool:
+    """Return whether the methods of a block compute what the row says, tried on numbers."""
+    width, hidden_width = 3, 4
+    # Functions that a swap or an omission of any would show
+    activation, dropout = torch.sigmoid, lambda x: 1.5 * x
+    after, norm = (lambda x: x + 0.25), (lambda x: 0.5 * x + 1)
+    up, down = _Linear(2 * hidden_width if row.is_joined else hidden_width, width, 0), _Linear(width, hidden_width, 50)
+    gate = _Linear(hidden_width, width, 100)
+    block, inner, outer = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+    if row.inner is None:
+        inner = block
+    else:
+        setattr(block, row.inner, lambda *args: inner_method(inner, *args))
+    if row.outer is None:
+        outer = block
+    else:
+        setattr(block, row.outer, lambda *args: outer_method(outer, *args))
+    parts = ((inner, row.up, up), (inner, row.activation, activation), (outer, row.down, down), (inner, row.gate, gate))
+    ends = ((inner, row.dropout, dropout), (outer, row.after, after), (outer, row.norm, norm))
+    for holder, name, part in (*parts, *ends):
+        if name is not None:
+            setattr(holder, name, part)
+    x = torch.cos(torch.arange(2 * width, dtype=torch.float64, device="cpu")).view(2, width)
+    try:
+        result = method(block, x)
+    except Exception:  # what cannot run on these parts alone needs others
+        return False
+    hidden = up(x)
+    if row.is_joined:
+        first, second = hidden.chunk(2, dim=-1)
+        hidden = activation(first) * second
+    else:
+        hidden = activation(hidden) if row.gate is None else activation(gate(x)) * hidden
+    y = down(hidden if row.dropout is None else dropout(hidden))
+    y = y if row.after is None else after(y)
+    y = y if row.norm is None else norm(y + x)
+    return isinstance(result, Tensor) and result.shape == y.shape and torch.allclose(result, y)
 
 
 def _holder(block: nn.Module, name: str | None) -> nn.Module:

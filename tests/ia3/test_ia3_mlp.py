@@ -285,3 +285,64 @@ def test_a_plain_block_is_one_node(adapted: Callable[..., ia3.IA3Model], familie
         assert _nodes(y, x) == {"Mlp"}, name
         unfuse(model)
         torch.testing.assert_close(y, block(x))
+
+
+class _Other(nn.Module):
+    """Children and names of rows of the table, and another computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.activation_fn = nn.Linear(8, 16), nn.Linear(16, 8), nn.GELU()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.act_fn, self.gate_up_proj = nn.SiLU(), nn.Linear(8, 32)
+
+
+class _Residual(_Other):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.fc2(self.activation_fn(self.fc1(x)))
+        return y
+
+
+class _Halved(_Other):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = 0.5 * self.fc2(self.activation_fn(self.fc1(x)))
+        return y
+
+
+class _Swapped(_Other):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+        return y
+
+
+class _Summed(_Other):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+        return y
+
+
+class _UpFirst(_Other):
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.gate_up_proj(x).chunk(2, dim=-1)
+        y: Tensor = self.down_proj(self.activation_fn(gate) * up)
+        return y
+
+
+class _Plain(_Other):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+@pytest.mark.parametrize("kind", [_Residual, _Halved, _Swapped, _Summed, _UpFirst, _Plain])
+def test_a_block_that_reads_the_names_of_a_row_and_computes_something_else_is_left_alone(kind: type[_Other]) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(kind())
+    x = torch.randn(3, 8)
+    expected = base(x)
+    state = torch.random.get_rng_state()
+    config = ia3.IA3Config(target_modules=["fc2", "down_proj"], feedforward_modules=["fc2", "down_proj"])
+    model = ia3.get_peft_model(base, config)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (row_of(base[0]) is not None) == (kind is _Plain)
+    torch.testing.assert_close(model(x), expected)
