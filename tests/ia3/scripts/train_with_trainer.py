@@ -32,3 +32,6 @@ def main(kind: str, folder: Path, processes: int = 1, dtype: torch.dtype = torch
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), processes=2)
+    if torch.distributed.is_initialized():
+        # Or a busy machine ends the process while its communication's threads still run, which aborts it.
+        torch.distributed.destroy_process_group()
