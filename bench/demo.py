@@ -33,7 +33,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ia3 import IA3Config, IA3Model, TaskType, get_peft_model
+from ia3 import IA3Config, PeftModel, TaskType, get_peft_model
 from ia3.cli import checkpoints, data
 from ia3.cli.finetune import LOSS_CURVE, training_bar
 from ia3.cli.generate import continuation
@@ -109,7 +109,7 @@ def logit_difference(base: PreTrainedModel, adapter: Path, examples: Sequence[da
     In fp32, where a difference speaks of the adapter and not of 16-bit rounding. Raises IA3Error if it is not small.
     """
     tokens = data.collate(examples, pad_token_id=0)["input_ids"]
-    ours = IA3Model.from_pretrained(copy.deepcopy(base).float(), adapter).eval()
+    ours = PeftModel.from_pretrained(copy.deepcopy(base).float(), adapter).eval()
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base).float(), adapter).eval()
     expected = theirs(input_ids=tokens).logits
     difference = float((ours(input_ids=tokens).logits - expected).abs().max())

@@ -90,7 +90,7 @@ def _lora(base: nn.Module) -> Any:
     return model.eval()
 
 
-def _adapters(model: ia3.IA3Model) -> Iterator[Mapping[str, Tensor]]:
+def _adapters(model: ia3.PeftModel) -> Iterator[Mapping[str, Tensor]]:
     """Adapters one after the other, without end, each with vectors of its own around one."""
     generator = torch.Generator().manual_seed(2)
     shapes = {name: vector.shape for name, vector in ia3.get_peft_model_state_dict(model).items()}
@@ -133,7 +133,7 @@ def _mix(count: int, start: int = 0) -> list[str]:
     return [f"{start + row % count}" for row in range(_ROWS)]
 
 
-def _steps(inputs: _Inputs, base: nn.Module, ours: ia3.IA3Model, lora: Any, resident: int) -> dict[str, _Step]:
+def _steps(inputs: _Inputs, base: nn.Module, ours: ia3.PeftModel, lora: Any, resident: int) -> dict[str, _Step]:
     steps = {"base": inputs.step(base)}
     for count in (1, 8, _ROWS):
         steps[f"ours, {count} adapter{'s' if count > 1 else ''}"] = inputs.step(ours, [_mix(count)])
@@ -146,7 +146,7 @@ def _steps(inputs: _Inputs, base: nn.Module, ours: ia3.IA3Model, lora: Any, resi
     return steps
 
 
-def _check(inputs: _Inputs, ours: ia3.IA3Model) -> None:
+def _check(inputs: _Inputs, ours: ia3.PeftModel) -> None:
     """Raises RuntimeError unless rows of a mixed batch compute what they compute alone: no speed of wrong results."""
     names = _mix(_ROWS)
     together = inputs.step(ours, [names])().double()
@@ -163,7 +163,7 @@ def _check(inputs: _Inputs, ours: ia3.IA3Model) -> None:
 
 
 def _traffic(
-    settings: Settings, recorder: Recorder, dtype: str, inputs: _Inputs, ours: ia3.IA3Model, bank: ia3.AdapterBank
+    settings: Settings, recorder: Recorder, dtype: str, inputs: _Inputs, ours: ia3.PeftModel, bank: ia3.AdapterBank
 ) -> None:
     """Decoding while another thread loads and unloads adapters, and what one load takes meanwhile."""
     count = 50 if settings.quick else 10_000

@@ -1,146 +1,89 @@
-"""Adapters as files: PEFT's format, read so that a damaged file changes nothing."""
+"""An adapter's files, read whole before anything is changed: PEFT's format, in sentences where it is not kept."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
-from yaml import YAMLError  # type: ignore[import-untyped]
 
-from .config import CONFIG_NAME, IA3Config
 from .errors import IA3Error
-from .files import atomic_folder, atomic_write_text
-from .layers import IA3Layer
-from .matching import Plan, carriers, named_base_modules
+from .matching import Plan, base_of, carriers, features, is_scaled, named_base_modules
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-# What stands before a module's name in a file: an IA3Model's path to the base model.
+# What stands before a module's name in a file: a PeftModel's path to the base model.
 KEY_PREFIX = "base_model.model."
+# What torch.compile puts before the names in a model that it wraps.
+COMPILED = "_orig_mod."
 
 
-def adapter_folder(folder: str | os.PathLike[str], adapter_name: str) -> Path:
-    """Where an adapter of this name is saved: ``default`` in the folder itself, any other in a sub-folder."""
-    return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
-
-
-def adapter_tensors(
-    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The parameters of one adapter in the base model ``model``, by their keys in a file (no adapter name in them).
-
-    state_dict: where to take the tensors from instead, by the names they have in an ``IA3Model``.
-    """
-    tensors: dict[str, Tensor] = {}
-    for path, carrier in carriers(model):
-        if isinstance(carrier, IA3Layer):
-            if adapter_name in carrier.ia3_l:
-                vector = carrier.ia3_l[adapter_name]
-                tensors[f"{KEY_PREFIX}{path}.ia3_l"] = _from(
-                    state_dict, f"{KEY_PREFIX}{path}.ia3_l.{adapter_name}", vector
-                )
-        elif adapter_name in carrier.modules_to_save:
-            place = f"{KEY_PREFIX}{path}.modules_to_save.{adapter_name}"
-            for name, value in carrier.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
-                tensors[f"{KEY_PREFIX}{path}.{name}"] = _from(state_dict, f"{place}.{name}", value)
-    return tensors
-
-
-def _from(state_dict: Mapping[str, Tensor] | None, name: str, own: Tensor) -> Tensor:
-    if state_dict is None:
-        return own
-    if name not in state_dict:
-        raise IA3Error(f"state_dict lacks {name!r}; pass the state_dict of the whole IA3Model.")
-    return state_dict[name]
-
-
-def _embeddings(model: nn.Module) -> list[nn.Module | None]:
-    return [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
-
-
-def check_embeddings_unmerged(model: nn.Module) -> None:
-    """Raise :class:`IA3Error` where the embeddings to save hold an adapter's vectors, which the file has as well."""
-    for embedding in _embeddings(model):
-        if isinstance(embedding, IA3Layer) and embedding.merged:
-            raise IA3Error(
-                f"{', '.join(embedding.merged_adapters)} is merged into the embeddings, which were to be saved; "
-                "unmerge_adapter first, or leave save_embedding_layers out."
-            )
-
-
-def embedding_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of the input and output embeddings, by their keys in a file; a file may hold them, or not."""
-    tensors: dict[str, Tensor] = {}
-    wanted = _embeddings(model)
-    for path, module in named_base_modules(model):
-        if any(module is embedding for embedding in wanted):
-            for name, value in module.state_dict(keep_vars=True).items():
-                key = f"{KEY_PREFIX}{path}.{name}"
-                tensors[key] = _from(state_dict, key, value)
-    return tensors
-
-
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, sharded ones gathered, which all processes have to do together."""
-    whole = {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in tensors.items()}
-    # Cloned: safetensors refuses tensors that share memory, such as a head tied to something.
-    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in whole.items()}
+def vector_shape(layer: nn.Module, is_feedforward: bool) -> tuple[int, ...]:
+    """Return the shape of one adapter's vector for a layer, as PEFT stores it."""
+    base: Any = base_of(layer)
+    sizes = features(base)
+    assert sizes is not None
+    size = sizes[0] if is_feedforward else sizes[1]
+    if isinstance(base, nn.Conv2d | nn.Conv3d):
+        return (1, size, *(1,) * (base.weight.dim() - 2))
+    return (1, size) if is_feedforward else (size, 1)
 
 
 def expected_tensors(plan: Plan) -> dict[str, Tensor]:
-    """What a file for this plan holds: tensors of the right shapes and kinds, whose values mean nothing."""
+    """Return what a file for this plan holds: tensors of the right shapes and kinds, whose values mean nothing."""
     expected: dict[str, Tensor] = {}
     for target in plan.targets:
-        layer = target.module if isinstance(target.module, IA3Layer) else IA3Layer(target.module, target.is_feedforward)
-        expected[f"{KEY_PREFIX}{target.path}.ia3_l"] = torch.empty(layer.vector_shape(), device="meta")
+        shape = vector_shape(target.module, target.is_feedforward)
+        expected[f"{KEY_PREFIX}{target.path}.ia3_l"] = torch.empty(shape, device="meta")
     for path, module in plan.saved:
         original = getattr(module, "original_module", module)
         expected.update({f"{KEY_PREFIX}{path}.{name}": value for name, value in original.state_dict().items()})
     return expected
 
 
-def save_adapter(folder: Path, tensors: dict[str, Tensor], config: IA3Config) -> None:
-    """Write the two files of an adapter, both or none of them."""
-    with atomic_folder(folder) as content:
-        (content / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
-        (content / CONFIG_NAME).write_text(config.to_json(), "utf-8")
+def present_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter that the base model ``model`` has, by their keys in a file."""
+    tensors: dict[str, Tensor] = {}
+    for path, carrier in carriers(model):
+        if is_scaled(carrier):
+            if adapter_name in carrier.ia3_l:
+                tensors[f"{KEY_PREFIX}{path}.ia3_l"] = carrier.ia3_l[adapter_name]
+        elif adapter_name in carrier.modules_to_save:
+            for name, value in carrier.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
+                tensors[f"{KEY_PREFIX}{path}.{name}"] = value
+    return tensors
 
 
-def write_model_card(folder: Path, config: IA3Config) -> None:
-    """Write a ``README.md`` by which model hubs know what the folder holds; one that is there keeps its text."""
-    path, base = folder / "README.md", config.base_model_name_or_path
-    if path.exists():
+def embeddings_of(model: nn.Module) -> list[nn.Module | None]:
+    """Return the input and the output embeddings of a transformers model."""
+    found: list[nn.Module | None] = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            card = ModelCard.load(path)
-        except (ValueError, YAMLError) as error:
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"{path} has metadata that cannot be read ({reason}); it stays as it is.", stacklevel=3)
-            return
-    else:
-        name = f" for `{base}`" if base else ""
-        card = ModelCard(
-            f"---\n{{}}\n---\n\n# (IA)³ adapter{name}\n\n"
-            "Loads with `ia3.IA3Model.from_pretrained` and `peft.PeftModel.from_pretrained`.\n"
-        )
-    card.data.library_name = "peft"
-    card.data.base_model = card.data.base_model or base
-    card.data.tags = sorted({*(card.data.tags or ()), "ia3"})
-    atomic_write_text(path, str(card))
+            found.append(getattr(model, name, lambda: None)())
+        except NotImplementedError:  # a model without
+            found.append(None)
+    return found
+
+
+def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of the input and output embeddings, by their keys in a file; a file may hold them, or not."""
+    wanted = embeddings_of(model)
+    return {
+        f"{KEY_PREFIX}{path}.{name}": value
+        for path, module in named_base_modules(model)
+        if any(module is embedding for embedding in wanted)
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
 
 
 def read_tensors(folder: Path, key_mapping: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a saved adapter. Only safetensors: a pickle can run any code. Raises :class:`IA3Error`.
+    """Return the tensors of a saved adapter. Only safetensors: a pickle can run any code. Raises :class:`IA3Error`.
 
     key_mapping: regular expressions and what to put in their place, applied in turn to keys without their prefix.
     """
@@ -157,6 +100,8 @@ def read_tensors(folder: Path, key_mapping: Mapping[str, str] | None = None) -> 
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise IA3Error(f"{path} is damaged: {_damage(data) or error}; copy or save the adapter again.") from None
+    # PEFT reads names that still hold their adapter's, too.
+    tensors = {re.sub(r"\.ia3_l\.[^.]+$", ".ia3_l", name): tensor for name, tensor in tensors.items()}
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {
             KEY_PREFIX + re.sub(pattern, replacement, name.removeprefix(KEY_PREFIX)): tensor
@@ -177,6 +122,37 @@ def _damage(data: bytes) -> str | None:
         return None
     cut = sorted((end, name) for name, end in ends.items() if end > len(data))
     return f"it ends after {len(data)} bytes, inside the tensor {cut[0][1]!r}" if cut else None
+
+
+def fitting_names(model: nn.Module, names: Iterable[str], places: Iterable[str]) -> dict[str, str]:
+    """Return the place of each of a file's names where the two differ by what is known to rename modules.
+
+    A wrapper of torch.compile puts a prefix before them, and transformers renames some between releases.
+    """
+    by_plain_name = {place.replace(COMPILED, ""): place for place in places}
+    found: dict[str, str] = {}
+    for name in names:
+        plain = name.replace(COMPILED, "")
+        place = by_plain_name.get(plain) or by_plain_name.get(_renamed(model, plain))
+        if place is not None and place != name:
+            found[name] = place
+    return found
+
+
+def _renamed(model: nn.Module, name: str) -> str:
+    """Return the name that this release of transformers has for a module's tensor of an older one."""
+    key = name.removeprefix(KEY_PREFIX)
+    for pattern, replacement in (getattr(model, "_checkpoint_conversion_mapping", None) or {}).items():
+        key, count = re.subn(pattern, replacement, key)
+        if count:
+            return KEY_PREFIX + key
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return name
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return KEY_PREFIX + rename_source_key(key, renamings, [])[0]
 
 
 def check_tensors(
@@ -205,23 +181,3 @@ def check_tensors(
                 f"{source} has the tensor {name!r} with dtype {tensor.dtype}, but the model has {place.dtype} there; "
                 "save the adapter again."
             )
-
-
-@torch.no_grad()
-def copy_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Any:
-    """Write checked tensors into the adapter's parameters and, where the file has them, the embeddings.
-
-    Parameters on the ``meta`` device are replaced by ones on their base layer's. Returns what ``load_state_dict``
-    would: no missing keys, no unexpected ones.
-    """
-    for path, carrier in carriers(model):
-        if isinstance(carrier, IA3Layer) and adapter_name in carrier.ia3_l:
-            vector, weight = carrier.ia3_l[adapter_name], carrier.base_layer.weight
-            if vector.is_meta and not weight.is_meta:
-                values = tensors[f"{KEY_PREFIX}{path}.ia3_l"].to(weight.device, vector.dtype)
-                carrier.ia3_l[adapter_name] = nn.Parameter(values.clone(), requires_grad=vector.requires_grad)
-                carrier._note_running()
-    for name, parameter in {**embedding_tensors(model), **adapter_tensors(model, adapter_name)}.items():
-        if name in tensors:
-            parameter.copy_(tensors[name])
-    return _IncompatibleKeys([], [])

@@ -1,40 +1,23 @@
-"""``IA3Config``: every field of PEFT's configuration of IA3, with its defaults, checked."""
+"""``IA3Config``: PEFT's configuration of IA3, checked when it is made."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import warnings
-from dataclasses import asdict, dataclass, field, fields
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
+from peft import PeftConfig, PeftType, TaskType
+
 from .errors import IA3Error
-from .files import atomic_write_text
-from .hub import source_folder
+from .files import source_folder
 
 CONFIG_NAME = "adapter_config.json"
-# The release of PEFT whose file format we write.
-FORMAT_VERSION = "0.21.0"
-
-
-class TaskType(str, Enum):
-    """What the model is for; it decides which heads are trained and saved with the vectors."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-class PeftType(str, Enum):
-    """The method, as PEFT names it in its files."""
-
-    IA3 = "IA3"
 
 
 def _quoted(names: set[str] | list[str]) -> str:
@@ -42,7 +25,7 @@ def _quoted(names: set[str] | list[str]) -> str:
 
 
 def _as_names(name: str, value: Any) -> set[str] | str | None:
-    """A list of names becomes a set; a string (a regular expression) and ``None`` stay."""
+    """Return a list of names as a set; a string (a regular expression) and ``None`` stay."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(entry, str) for entry in value):
@@ -53,8 +36,8 @@ def _as_names(name: str, value: Any) -> set[str] | str | None:
 
 
 @dataclass
-class IA3Config:
-    """How (IA)³ is applied to a model; field for field what PEFT's ``IA3Config`` holds.
+class IA3Config(peft.IA3Config):
+    """How (IA)³ is applied to a model: ``peft.IA3Config``, whose fields are checked.
 
     target_modules: the modules to scale. A list matches a module whose name equals an entry or ends with ``.entry``; a
         string is a regular expression matched against the whole name; ``"all-linear"`` is every linear layer but the
@@ -71,22 +54,6 @@ class IA3Config:
     Raises :class:`~ia3.errors.IA3Error` (a ``ValueError``) where a field does not make sense.
     """
 
-    task_type: TaskType | str | None = None
-    peft_type: PeftType | str | None = None
-    auto_mapping: dict[str, Any] | None = None
-    peft_version: str | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    inference_mode: bool = False
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
-    feedforward_modules: list[str] | set[str] | str | None = None
-    fan_in_fan_out: bool = False
-    modules_to_save: list[str] | None = None
-    init_ia3_weights: bool = True
-    # Fields that a newer PEFT wrote and this version does not know: kept, and written back.
-    unknown_fields: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-
     def __post_init__(self) -> None:
         if self.task_type is not None:
             try:
@@ -98,18 +65,20 @@ class IA3Config:
                 ) from None
         if self.peft_type not in (None, PeftType.IA3):
             raise IA3Error(f"peft_type is {self.peft_type!r}, but this is an IA3 configuration; leave it out.")
-        self.peft_type = PeftType.IA3
-        if self.peft_version is None:
-            self.peft_version = FORMAT_VERSION
         for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise IA3Error(f"{name} is {getattr(self, name)!r}; expected True or False: correct it.")
-        self.target_modules = _as_names("target_modules", self.target_modules)
-        self.exclude_modules = _as_names("exclude_modules", self.exclude_modules)
-        self.feedforward_modules = _as_names("feedforward_modules", self.feedforward_modules)
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, type(self).__dataclass_fields__[name].default)  # what a file's null means to PEFT
+            elif not isinstance(value, bool):
+                raise IA3Error(f"{name} is {value!r}; expected True or False: correct it.")
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            setattr(self, name, _as_names(name, getattr(self, name)))
             self._check_pattern(name)
-        self._check_modules_to_save()
+        if self.modules_to_save is not None:
+            names = _as_names("modules_to_save", self.modules_to_save)
+            if isinstance(names, str):
+                raise IA3Error(f"modules_to_save is {names!r}; expected a list of module names: write [{names!r}].")
+            self.modules_to_save = list(self.modules_to_save)
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
             outside = self.feedforward_modules - self.target_modules
             if outside:
@@ -118,6 +87,7 @@ class IA3Config:
                     f"{'is' if len(outside) == 1 else 'are'} not among the targets {_quoted(self.target_modules)}; "
                     "add the names to target_modules or take them out of feedforward_modules."
                 )
+        super().__post_init__()
 
     def _check_pattern(self, name: str) -> None:
         pattern = getattr(self, name)
@@ -130,41 +100,14 @@ class IA3Config:
                     "names."
                 ) from None
 
-    def _check_modules_to_save(self) -> None:
-        if self.modules_to_save is None:
-            return
-        names = _as_names("modules_to_save", self.modules_to_save)
-        if isinstance(names, str):
-            raise IA3Error(f"modules_to_save is {names!r}; expected a list of module names: write [{names!r}].")
-        self.modules_to_save = list(self.modules_to_save)
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """No; asked of every PEFT configuration by other libraries."""
-        return False
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """No; as above."""
-        return False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, as Python values (names are sets), unknown fields of a loaded file included."""
-        content = asdict(self)
-        unknown = content.pop("unknown_fields")
-        return {**content, **unknown}
-
-    def to_json(self) -> str:
-        """The text of ``adapter_config.json`` as PEFT lays it out, sets as sorted lists."""
-        content = {name: sorted(value) if isinstance(value, set) else value for name, value in self.to_dict().items()}
-        return json.dumps(content, indent=2, sort_keys=True)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write ``adapter_config.json`` into the folder, made where missing; raises :class:`IA3Error`."""
-        folder = Path(save_directory)
-        if folder.exists() and not folder.is_dir():
-            raise IA3Error(f"cannot save the configuration in {folder}: that is a file; name a folder.")
-        atomic_write_text(folder / CONFIG_NAME, self.to_json())
+    @classmethod
+    def of(cls, config: Any) -> IA3Config:
+        """Return a checked copy of a ``peft.IA3Config``; raises :class:`IA3Error` for anything else."""
+        if not isinstance(config, peft.IA3Config):
+            raise IA3Error(f"peft_config is a {type(config).__name__}; expected an ia3.IA3Config: make one.")
+        values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config) if entry.init}
+        copied = {name: set(value) if isinstance(value, set) else value for name, value in values.items()}
+        return cls(**copied)
 
     @classmethod
     def from_pretrained(
@@ -175,38 +118,39 @@ class IA3Config:
         source: for a hub, ``revision``, ``token`` and ``cache_dir``.
         """
         path = source_folder(pretrained_model_name_or_path, subfolder, **source) / CONFIG_NAME
-        if not path.is_file():
-            raise IA3Error(f"there is no {CONFIG_NAME} in {path.parent}; name the local folder of a saved adapter.")
+        fields = read_config(path)
         try:
-            content = json.loads(path.read_text("utf-8"))
-        except (ValueError, OSError) as error:
-            raise IA3Error(f"{path} cannot be read as JSON ({error}); save the adapter again.") from None
-        if not isinstance(content, dict):
-            raise IA3Error(f"{path} holds a {type(content).__name__}; expected a JSON object: save the adapter again.")
-        if content.get("peft_type") != PeftType.IA3.value:
-            raise IA3Error(
-                f"{path} has peft_type {content.get('peft_type')!r}; expected 'IA3': load this adapter with PEFT."
-            )
-        try:
-            return cls.from_dict(content, str(path))
+            return cls(**fields)
         except IA3Error as error:
             raise IA3Error(f"{path}: {error}") from None
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any], source: str = "the configuration") -> IA3Config:
-        """The configuration that :meth:`to_dict` describes, or that of PEFT's ``IA3Config``.
 
-        Fields that this version does not know are kept in ``unknown_fields``, with a warning that names ``source``.
-        Raises :class:`IA3Error`.
-        """
-        known = {entry.name for entry in fields(cls) if entry.init}
-        unknown = {name: content[name] for name in sorted(content.keys() - known)}
-        config = cls(**{name: value for name, value in content.items() if name in known})
-        config.unknown_fields = unknown
-        if unknown:
-            warnings.warn(
-                f"{source} has fields that this version does not know ({_quoted(list(unknown))}), probably from a "
-                "newer PEFT; they are kept, but have no effect.",
-                stacklevel=3,
-            )
-        return config
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the fields of a saved IA3 configuration; unknown ones are left out, with a warning.
+
+    Raises :class:`IA3Error` for what is no such file.
+    """
+    if not path.is_file():
+        raise IA3Error(f"there is no {CONFIG_NAME} in {path.parent}; name the local folder of a saved adapter.")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise IA3Error(f"{path} cannot be read as JSON ({error}); save the adapter again.") from None
+    if not isinstance(content, dict):
+        raise IA3Error(f"{path} holds a {type(content).__name__}; expected a JSON object: save the adapter again.")
+    if content.get("peft_type") != PeftType.IA3.value:
+        raise IA3Error(
+            f"{path} has peft_type {content.get('peft_type')!r}; expected 'IA3': load this adapter with PEFT."
+        )
+    known = {entry.name for entry in dataclasses.fields(IA3Config) if entry.init}
+    unknown = sorted(content.keys() - known)
+    if unknown:
+        warnings.warn(
+            f"{path} has fields that this version does not know ({_quoted(unknown)}), probably from a newer PEFT; they "
+            "have no effect.",
+            stacklevel=3,
+        )
+    return {name: value for name, value in content.items() if name in known}
+
+
+__all__ = ["CONFIG_NAME", "IA3Config", "PeftConfig", "PeftType", "TaskType", "read_config"]

@@ -10,15 +10,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from peft import TaskType
+from peft.tuners.ia3.layer import IA3Layer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import IA3Config, TaskType
+from .config import IA3Config
 from .errors import IA3Error
-from .layers import IA3Layer, features, is_linear, is_scaled
-from .saved_modules import ModulesToSaveWrapper
+from .probing import what_linear_computes
 
 ALL_LINEAR = "all-linear"
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+# Packed linear layers that do not inherit from nn.Linear; by name, because they come with optional packages.
+_LINEAR_LIKE = frozenset({"GgufLinear"})
+# Layers whose weights their parents read, and which they never call, at least not always: by the parent's class.
+_READ_BY_PARENT = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),
+    "MambaMixer": ("dt_proj",),
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+}
 
 _DECODER = ("q_proj v_proj down_proj", "down_proj")
 _FUSED_QKV = ("query_key_value dense_4h_to_h", "dense_4h_to_h")
@@ -61,6 +74,31 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
 }
 
 
+def is_scaled(module: nn.Module | None) -> bool:
+    """Return whether ``module`` is a layer with vectors."""
+    return module is not None and "ia3_l" in module._modules
+
+
+def features(layer: Any) -> tuple[int, int] | None:
+    """Return the input and output features (channels) of a layer that vectors can scale, else ``None``.
+
+    Linear layers of any weight type, ``Conv1D``, ``Conv2d`` and ``Conv3d``. A subclass of ``nn.Linear`` that computes
+    something else (a router, which returns a tuple) is none.
+    """
+    if isinstance(layer, Conv1D):
+        return int(layer.nx), int(layer.nf)
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.in_channels, layer.out_channels
+    if type(layer).__name__ in _LINEAR_LIKE or (isinstance(layer, nn.Linear) and what_linear_computes(layer) != "other"):
+        return layer.in_features, layer.out_features
+    return None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Return whether ``layer`` is one that vectors can scale, and no convolution."""
+    return features(layer) is not None and not isinstance(layer, CONVOLUTIONS)
+
+
 @dataclass(frozen=True)
 class Target:
     """A module to be scaled: its name in the model, the module, and the side of the vector."""
@@ -86,14 +124,14 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not path or path.startswith(inside):
             continue
         yield path, module
-        if isinstance(module, (IA3Layer, ModulesToSaveWrapper)):
+        if isinstance(module, IA3Layer | ModulesToSaveWrapper):
             inside += (path + ".",)
 
 
-def carriers(model: nn.Module) -> Iterator[tuple[str, IA3Layer | ModulesToSaveWrapper]]:
-    """The modules of ``model`` that carry adapters, by name."""
+def carriers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules of ``model`` that carry adapters, scaled layers and modules trained whole, by name."""
     for path, module in model.named_modules():
-        if isinstance(module, (IA3Layer, ModulesToSaveWrapper)):
+        if isinstance(module, IA3Layer | ModulesToSaveWrapper):
             yield path, module
 
 
@@ -110,8 +148,21 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def _base_of(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, IA3Layer) else module
+def base_of(module: Any) -> nn.Module:
+    """Return the layer inside of a scaled one, or the module itself."""
+    base: nn.Module = module.base_layer if is_scaled(module) else module
+    return base
+
+
+def _read_by(model: nn.Module, path: str) -> str | None:
+    """Return the class of the parent that reads the weight of the layer of this name without calling it, or None."""
+    outer, _, name = path.rpartition(".")
+    parent: Any = model.get_submodule(outer)
+    for kind in type(parent).__mro__:
+        if name in _READ_BY_PARENT.get(kind.__name__, ()):
+            return kind.__name__
+    is_sliced = getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1  # Bloom's
+    return type(parent).__name__ if is_sliced else None
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
@@ -152,7 +203,11 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Conf
     output = getter()
     if output is None and config.task_type == TaskType.SEQ_CLS:
         output = next((getattr(model, name) for name in TASK_HEADS[TaskType.SEQ_CLS] if hasattr(model, name)), None)
-    return [path for path, module in modules.items() if is_linear(_base_of(module)) and module is not output]
+    return [
+        path
+        for path, module in modules.items()
+        if is_linear(base_of(module)) and module is not output and _read_by(model, path) is None
+    ]
 
 
 def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config, strict: bool) -> list[str]:
@@ -246,6 +301,12 @@ def _saved_modules(model: nn.Module, config: IA3Config, explicit: Iterable[str])
         is_inside = any(path.startswith(outer + ".") for outer, _ in found)
         if not is_inside and any(path.endswith(entry) for entry in entries):
             found.append((path, module))
+    for path, module in found:
+        if isinstance(module, nn.ModuleDict | nn.ModuleList):
+            raise IA3Error(
+                f"modules_to_save means {path!r}, a {type(module).__name__}, which is never called and cannot be "
+                "trained as one; name the modules in it."
+            )
     missing = sorted(entry for entry in explicit if not any(path.endswith(entry) for path, _ in found))
     if missing:
         names = [name for name, _ in model.named_children()]
@@ -285,12 +346,23 @@ def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
     targets = tuple(Target(path, modules[path], is_feedforward(path, config.feedforward_modules)) for path in paths)
     for target in targets:
         if not is_scaled(target.module) and features(target.module) is None:
+            if isinstance(target.module, nn.Linear):
+                raise IA3Error(
+                    f"target_modules matches {target.path!r}, a {type(target.module).__name__}, which is built on a "
+                    "linear layer and computes something else; name it in exclude_modules."
+                )
             raise IA3Error(
                 f"target_modules matches {target.path!r}, which is a {type(target.module).__name__}; only linear "
                 "layers and two- and three-dimensional convolutions can be scaled: "
                 f"{_suggestion(model, modules, [target.path.rpartition('.')[2]])}."
             )
-        if isinstance(target.module, IA3Layer) and target.module.is_feedforward != target.is_feedforward:
+        reader = _read_by(model, target.path)
+        if reader is not None:
+            raise IA3Error(
+                f"target_modules matches {target.path!r}, whose weight the {reader} around it reads without calling "
+                "the layer, so that its vector would have no effect; name it in exclude_modules."
+            )
+        if is_scaled(target.module) and target.module.is_feedforward != target.is_feedforward:
             raise IA3Error(
                 f"{target.path!r} already scales its {'input' if target.module.is_feedforward else 'output'} for "
                 "another adapter, and this one asks for the other side; make feedforward_modules agree."
@@ -319,7 +391,7 @@ def _check_feedforward(
 
 def _corrected_fan_in_fan_out(config: IA3Config, targets: tuple[Target, ...]) -> bool:
     """Whether weights are stored ``[in, out]``, told from the layers; a configuration that says otherwise is warned."""
-    bases = [_base_of(target.module) for target in targets]
+    bases = [base_of(target.module) for target in targets]
     has_conv1d = any(isinstance(base, Conv1D) for base in bases)
     if config.fan_in_fan_out != has_conv1d:
         kinds = sorted({type(base).__name__ for base in bases})

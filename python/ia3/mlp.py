@@ -21,7 +21,7 @@ from transformers import activations
 
 from ia3_kernels import gated_activation, gated_mlp, mlp, scaled_activation, scaled_linear
 
-from . import forwards, frozen, quantized
+from . import patching
 from .layers import ScaledLayer, effective_scale, is_untouched, plain_weight, project
 
 
@@ -395,28 +395,20 @@ def patch_of(block: nn.Module) -> Row | None:
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Patch every block of ``model`` that a row describes and nothing stands in the way of; returns their names.
-
-    Packed layers that lose gradients are patched as well, and frozen linear layers: see :mod:`~ia3.quantized` and
-    :mod:`~ia3.frozen`.
-    """
-    quantized.make_differentiable(model)
-    frozen.patch(model)
+    """Patch every block of ``model`` that a row describes and nothing stands in the way of; returns their names."""
     patched = []
     for path, block in model.named_modules():
         row = row_of(block)
         if row is None or row.method in block.__dict__ or obstacle(block, row) is not None:
             continue
-        forwards.bind(block, row.method, fused_forward, row)
+        patching.bind(block, row.method, fused_forward, row)
         patched.append(path)
     return patched
 
 
 def unfuse(model: nn.Module) -> None:
     """Take every patch back."""
-    quantized.restore(model)
-    frozen.restore(model)
     for block in model.modules():
         row = patch_of(block)
         if row is not None:
-            forwards.unbind(block, row.method)
+            patching.unbind(block, row.method)

@@ -1,265 +1,136 @@
-"""``IA3Model``: a transformers model with (IA)³ adapters, used as the model itself is."""
+"""PEFT's IA3 models with this package's layers: made, loaded, or accelerated where they are.
+
+An accelerated object is the same object with another class: a subclass of its PEFT class, of the same name, so that
+``isinstance``, parameters, names, ``repr`` and everything that PEFT does to it stay as they are. What differs is what
+computes, what merges, and that files and configurations are checked whole before anything is changed.
+"""
 
 from __future__ import annotations
 
-import copy
-import inspect
+import functools
+import logging
 import os
+import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-import torch
+import peft
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.ia3 import layer as peft_layer
+from peft.tuners.ia3 import model as peft_tuner
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import PushToHubMixin
 
-from . import merging, status
+from . import mlp
 from .checkpoint import (
-    adapter_folder,
-    adapter_tensors,
-    check_embeddings_unmerged,
+    COMPILED,
+    KEY_PREFIX,
+    WEIGHTS_NAME,
     check_tensors,
-    copy_tensors,
     embedding_tensors,
+    embeddings_of,
     expected_tensors,
-    gathered,
+    fitting_names,
+    present_tensors,
     read_tensors,
-    save_adapter,
-    write_model_card,
 )
-from .config import IA3Config, PeftType
+from .config import IA3Config
 from .errors import IA3Error
-from .hub import source_folder
-from .kbit import require_input_gradients
-from .matching import carriers, plan_adapter
-from .mixed import Route, check_batch, generation_repeats
-from .tuner import IA3Tuner
+from .files import atomic_folder, source_folder
+from .interrupts import held_back
+from .layers import ScaledLayer, give_back_frozen, speed_up_frozen
+from .matching import Plan, base_of, carriers, is_scaled, plan_adapter
+from .merging import formats
+from .merging import model as merging
+from .merging.model import MergingLayer
+from .reporting import report
+from .serving.mixed import MixedBatch, Sites, check_batch, generation_repeats, survey
 
-if TYPE_CHECKING:
+logger = logging.getLogger(__name__)
 
-    class _Base(nn.Module, PushToHubMixin): ...
-
-else:
-    # Trainer, TRL and others ask isinstance(model, peft.PeftModel) to tell whether they should save adapters only. So
-    # where PEFT is installed, an IA3Model is one; none of its behaviour comes from there.
-    try:
-        from peft import PeftModel as _Base
-    except ImportError:
-
-        class _Base(nn.Module, PushToHubMixin):
-            """What stands in for ``peft.PeftModel`` where PEFT is not installed."""
+_Model = TypeVar("_Model", bound=nn.Module)
+# The methods by which transformers puts adapters into a model that no PeftModel wraps.
+_INJECTING = ("add_adapter", "load_adapter")
 
 
-class _BaseForward:
-    """Calls the base model and shows its signature, which Trainer reads to tell what a batch may hold."""
-
-    def __init__(self, tuner: IA3Tuner) -> None:
-        self.tuner = tuner
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.tuner.model.forward)
-
-    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        if adapter_names is None:
-            return self.tuner.model(*args, **kwargs)
-        return self._mixed(adapter_names, args, kwargs)
-
-    # A graph never sees the names: the model inside is compiled, this frame is not.
-    @torch.compiler.disable(recursive=False)
-    def _mixed(self, adapter_names: Sequence[str], args: Any, kwargs: dict[str, Any]) -> Any:
-        route = Route(self.tuner, adapter_names)
-        check_batch(adapter_names, args, kwargs)
-        with route:
-            return self.tuner.model(*args, **kwargs)
+# --- layers ---------------------------------------------------------------------------------------------------------
 
 
-class IA3Model(_Base):
-    """A model with (IA)³ vectors; made by :func:`get_peft_model` or :meth:`from_pretrained`.
+class Linear(MergingLayer, peft_layer.Linear):
+    """PEFT's layer around an ``nn.Linear`` or ``Conv1D``."""
 
-    Its methods and their arguments are those of PEFT's ``PeftModel``. Whatever it lacks (``config``, ``device``,
-    ``gradient_checkpointing_enable``…) is the base model's. The base model is changed in place: matched layers are
-    replaced, feed-forward blocks run fused.
-    """
 
-    peft_type = PeftType.IA3
+class Conv2d(MergingLayer, peft_layer.Conv2d):
+    """PEFT's layer around an ``nn.Conv2d``."""
 
-    def __init__(self, tuner: IA3Tuner) -> None:
-        nn.Module.__init__(self)
-        self.base_model = tuner
-        self.training = tuner.model.training
-        self.forward = _BaseForward(tuner)  # type: ignore[method-assign]
 
-    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """The base model's forward, and ``adapter_names``: for each sequence of the batch an adapter of its own.
+class Conv3d(MergingLayer, peft_layer.Conv3d):
+    """PEFT's layer around an ``nn.Conv3d``."""
 
-        The instance's own hides it, and Trainer reads here that batches have labels.
-        """
-        if labels is not None:
-            kwargs["labels"] = labels
-        return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's ``generate``.
+_LAYERS: list[Any] = [Linear, Conv2d, Conv3d]
 
-        adapter_names: for each prompt an adapter of the model or of its bank, ``__base__`` for none. Beams and returned
-            sequences take their prompt's. Raises :class:`IA3Error`.
-        """
-        generate: Any = self.get_base_model().generate
-        if adapter_names is None:
-            return generate(*args, **kwargs)
-        route = Route(self.base_model, adapter_names, generation_repeats(self.get_base_model(), args, kwargs))
-        check_batch(adapter_names, args, kwargs)
-        with route:
-            return generate(*args, **kwargs)
+if is_bnb_available():
+    from peft.tuners.ia3 import bnb as peft_bnb
 
-    def generate_batch(self, inputs: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's ``generate_batch`` (continuous batching).
+    class Linear8bitLt(MergingLayer, peft_bnb.Linear8bitLt):  # type: ignore[misc]
+        """PEFT's layer around bitsandbytes' int8."""
 
-        adapter_names: for each of ``inputs`` an adapter, as in :meth:`generate`; see
-            :func:`~ia3.continuous.generate_batch` for the arguments that it takes then.
-        """
-        if adapter_names is None:
-            batch: Any = self.get_base_model().generate_batch
-            return batch(inputs, *args, **kwargs)
-        from .continuous import generate_batch  # what it imports is large, and few need it
+    _LAYERS.append(Linear8bitLt)
 
-        return generate_batch(self.base_model, inputs, adapter_names, *args, **kwargs)
+    if is_bnb_4bit_available():
 
-    def route(self, adapter_names: Sequence[str], repeats: int = 1) -> Route:
-        """A block in which each sequence of a batch runs with the adapter named for it, in this thread.
+        class Linear4bit(MergingLayer, peft_bnb.Linear4bit):  # type: ignore[misc]
+            """PEFT's layer around bitsandbytes' 4-bit."""
 
-        For loops over :meth:`forward`, which would else look the names up in each call, and for CUDA graphs; see
-        :class:`~ia3.mixed.Route`.
-        """
-        return Route(self.base_model, adapter_names, repeats)
+        _LAYERS.append(Linear4bit)
 
-    # --- what it is -------------------------------------------------------------------------------------------------
 
-    @property
-    def peft_config(self) -> dict[str, IA3Config]:
-        """The configurations of the adapters, by name."""
-        return self.base_model.peft_config
+# --- the tuner ------------------------------------------------------------------------------------------------------
 
-    @property
-    def active_peft_config(self) -> IA3Config:
-        """The configuration of the (first) active adapter."""
-        return self.peft_config[self.active_adapter]
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the adapters that take part."""
-        return self.base_model.active_adapters
+class IA3Model(peft_tuner.IA3Model):
+    """PEFT's tuner, which keeps a model accelerated when adapters come, and merges exactly and in place."""
 
-    @property
-    def active_adapter(self) -> str:
-        """The name of the (first) adapter that takes part."""
-        if not self.active_adapters:
-            raise IA3Error("no adapter is active: the model has none, or all were deleted; add or load one.")
-        return self.active_adapters[0]
+    bank: Any = None  # an AdapterBank's, while there is one
+    _sites: Sites | None = None
 
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter takes part in the computation."""
-        enabled = any(not carrier._disable_adapters for _, carrier in carriers(self.get_base_model()))
-        return bool(self.active_adapters) and enabled
+    def sites(self) -> Sites:
+        """Return what mixed batches have to know of the model, looked up again when adapters come or go."""
+        if self._sites is None:
+            self._sites = survey(self.model)
+        return self._sites
 
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """The names in the adapters' ``modules_to_save``, or ``None``."""
-        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
-        return names or None
+    def scaled_layers(self) -> list[tuple[str, Any]]:
+        """Return the layers with vectors, by name."""
+        return [(path, layer) for path, layer in self.model.named_modules() if isinstance(layer, MergingLayer)]
 
-    @property
-    def base_model_torch_dtype(self) -> Any:
-        """The base model's dtype."""
-        return getattr(self.get_base_model(), "dtype", None)
+    def check_known(self, adapter_names: str | Sequence[str]) -> list[str]:
+        """Return the names as a list; raises :class:`IA3Error` for one that the model lacks."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            if name not in self.peft_config:
+                raise IA3Error(
+                    f"there is no adapter {name!r}; the model has {', '.join(self.peft_config) or 'none'}: correct the "
+                    "name, or load it with load_adapter."
+                )
+        return names
 
-    def get_base_model(self) -> nn.Module:
-        """The base model, with the replaced layers in it."""
-        return self.base_model.model
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many parameters are trained, and how many there are; a 4-bit weight counts once for each value."""
-        counts = [(status.parameter_count(parameter), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(n for n, is_trained in counts if is_trained), sum(n for n, _ in counts)
-
-    def print_trainable_parameters(self) -> None:
-        """Print both counts and their ratio, in the line that PEFT prints."""
-        trainable, everything = self.get_nb_trainable_parameters()
-        share = 100 * trainable / everything
-        print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[status.LayerStatus]:
-        """The adapters of each scaled layer; see :func:`ia3.get_layer_status`."""
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> status.ModelStatus:
-        """The adapters of the model; see :func:`ia3.get_model_status`."""
-        return status.get_model_status(self)
-
-    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
-        """Let the output of the embeddings of ``model`` require a gradient, as reentrant checkpoints need it."""
-        require_input_gradients(model)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: a scaling is no low-rank update."""
-        return False
-
-    # --- choosing among adapters ------------------------------------------------------------------------------------
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: IA3Config,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add a new adapter, which is not active (:meth:`set_adapter` makes it so) unless there is no other.
-
-        autocast_adapter_dtype: fp32 vectors; else vectors of the base layers' dtype.
-        low_cpu_mem_usage: vectors on the ``meta`` device, for :meth:`load_adapter` to fill.
-
-        Raises :class:`IA3Error`, and changes nothing.
-        """
-        self.base_model.check_new(adapter_name)
-        plan = plan_adapter(self.get_base_model(), as_config(peft_config))
-        self.base_model.inject(plan, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make this adapter the active one, or these, whose vectors then multiply; see the tuner's method."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train these adapters, or freeze them, whether they are active or not."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        _install(model)
+        self._sites = None
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; see the tuner's method."""
-        self.base_model.delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
+        for _, layer in self.scaled_layers():
+            layer.note_running()
+        self._sites = None
 
-    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        """Add the weighted sum of adapters; see the tuner's method."""
-        self.base_model.add_weighted_adapter(adapters, weights, adapter_name)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model computes what the base model computes.
-
-        Where adapters are merged, they are taken out of the weights for the block, to the bit, and put back: one pass
-        over the weights each.
-        """
-        before = [(carrier, carrier._disable_adapters) for _, carrier in carriers(self.get_base_model())]
-        self.base_model.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            for carrier, was_disabled in before:
-                carrier._disable_adapters = was_disabled
-            merging.resume(self.base_model.layers())
-
-    # --- merging ----------------------------------------------------------------------------------------------------
+    # --- merging
 
     def merge_adapter(
         self,
@@ -268,16 +139,46 @@ class IA3Model(_Base):
         exact: bool = True,
         requantize: bool = False,
     ) -> None:
-        """Let the base layers hold vectors; see the tuner's method."""
-        self.base_model.merge_adapter(adapter_names, safe_merge, exact, requantize)
+        """Let the base layers hold the vectors of these adapters (of the active ones): no cost in inference.
+
+        The weights are scaled where they lie. All or nothing: after an error or an interrupt every layer is as it was.
+        A weight that other modules use too (embeddings tied to an adapted head) is replaced by a scaled copy.
+
+        safe_merge: raise if a weight would not be finite.
+        exact: keep one bit a weight, by which unmerging restores every bit; else there is no unmerging.
+        requantize: quantize a weight anew where it has no scales that could hold a vector (the input side of a layer
+            that no gated block feeds), and warn of the error.
+
+        Vectors go into the scales of quantized layers, whose codes stay as they are; the input side of a gated block's
+        down projection goes into the up projection's. Raises :class:`IA3Error` where that cannot be.
+        """
+        names = None if adapter_names is None else self.check_known(adapter_names)
+        merging.merge(self.model, self.scaled_layers(), names, safe_merge, exact, requantize)
 
     def unmerge_adapter(self) -> None:
-        """Undo :meth:`merge_adapter`, to the bit."""
-        self.base_model.unmerge_adapter()
+        """Undo :meth:`merge_adapter`, bit-exactly.
+
+        Raises :class:`IA3Error`, and changes nothing, where weights were written to in between.
+        """
+        merging.unmerge(self.model, self.scaled_layers())
 
     def swap_adapter(self, merged: str, adapter_name: str) -> None:
-        """Go from one merged adapter to another in one pass over the weights; see the tuner's method."""
-        self.base_model.swap_adapter(merged, adapter_name)
+        """Let the weights hold ``adapter_name`` where they hold ``merged``, in one pass over them.
+
+        The bits are those of unmerging the one and merging the other. If ``merged`` was active, ``adapter_name`` is in
+        its place. All or nothing; raises :class:`IA3Error`.
+        """
+        self.check_known([merged, adapter_name])
+        merging.swap(self.model, self.scaled_layers(), merged, adapter_name)
+        if merged in self.active_adapters:
+            swapped = [adapter_name if name == merged else name for name in self.active_adapters]
+            active = list(dict.fromkeys(swapped))
+            for _, carrier in carriers(self.model):
+                if is_scaled(carrier):
+                    carrier.set_adapter(active, inference_mode=self.peft_config[adapter_name].inference_mode)
+                elif adapter_name in carrier.modules_to_save:
+                    carrier.set_adapter(adapter_name)
+            self.active_adapter = active if len(active) > 1 else active[0]
 
     def merge_and_unload(
         self,
@@ -286,67 +187,105 @@ class IA3Model(_Base):
         adapter_names: Sequence[str] | None = None,
         requantize: bool = False,
     ) -> nn.Module:
-        """The base model with vectors multiplied into its weights, in place; see the tuner's method."""
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, requantize)
+        """Multiply vectors into the weights, in place, and return the base model without adapters.
 
-    def unload(self) -> nn.Module:
-        """The base model without adapters; this object is of no use afterwards."""
-        return self.base_model.unload()
-
-    # --- files ------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **hub_arguments: Any,
-    ) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT can load, and a model card.
-
-        ``default`` goes into the folder, an adapter of any other name into a sub-folder.
-
-        save_embedding_layers: ``True`` adds the weights of the input and output embeddings, for a vocabulary that was
-            resized. PEFT's ``"auto"`` asks a model hub whether it was; here it adds nothing.
-        is_main_process: only this process writes; a sharded model is gathered on all of them.
-        state_dict: take the adapter's tensors from here, such as what ``Accelerator.get_state_dict`` gathered.
-        push_to_hub, repo_id: upload the folder as well; further arguments go to ``huggingface_hub``.
-
-        Raises :class:`IA3Error`.
+        The arguments are those of :meth:`merge_adapter`. Trained heads take the place of the originals. All or nothing:
+        after an error or an interrupt every layer is as it was. Raises :class:`IA3Error` where a weight cannot be
+        scaled.
         """
-        if not safe_serialization:
-            raise IA3Error("safe_serialization is False, but adapters are saved as safetensors only; leave it out.")
-        base = self.get_base_model()
-        names = self.base_model.check_known(list(self.peft_config) if selected_adapters is None else selected_adapters)
-        if save_embedding_layers is True:
-            check_embeddings_unmerged(base)
-        for name in names:
-            tensors = adapter_tensors(base, name, state_dict)
-            if save_embedding_layers is True:
-                tensors.update(embedding_tensors(base, state_dict))
-            tensors = gathered(tensors)
-            config = copy.deepcopy(self.peft_config[name])
-            config.inference_mode = True  # what a loaded adapter is for, unless is_trainable says otherwise
-            if config.task_type is None:
-                config.auto_mapping = {
-                    "base_model_class": type(base).__name__,
-                    "parent_library": type(base).__module__,
-                }
-            if is_main_process:
-                save_adapter(adapter_folder(save_directory, name), tensors, config)
-        if is_main_process and names:
-            write_model_card(Path(save_directory), self.peft_config[names[0]])
-        if is_main_process and push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, **hub_arguments)
+        names = None if adapter_names is None else self.check_known(adapter_names)
+        layers = self.scaled_layers()
+        with held_back() as let_through:
+            merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, let_through, requantize)
+            model = self._unload_and_optionally_merge(merge=True)
+        return model
 
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write a model card, or tell in the one that is there that the folder holds an adapter."""
-        write_model_card(Path(output_dir), self.active_peft_config)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        layers = [layer for _, layer in self.scaled_layers()]
+        # PEFT's IA3 refuses quantized models even where nothing is to be merged; its base class does the rest.
+        model: nn.Module = super(peft_tuner.IA3Model, self)._unload_and_optionally_merge(merge, *args, **kwargs)
+        for layer in layers:
+            if merge:
+                merging.forget(layer)
+        _uninstall(model)
+        self._sites = self.bank = None
+        return model
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # All layers or none; each layer would do its own.
+        layers = self.scaled_layers()
+        (merging.resume if enabled else merging.suspend)(layers)
+        super()._enable_adapter_layers(enabled)
+
+    # --- batches of several adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around ``forward`` and ``generate`` of PEFT's models: ``adapter_names``, which PEFT has for LoRA only."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        batch = MixedBatch(self, names, generation_repeats(self.model, args, kwargs))
+        check_batch(names, args, kwargs)
+        with batch:
+            yield
+
+    def route(self, adapter_names: Sequence[str], repeats: int = 1) -> MixedBatch:
+        """Return a block in which each sequence of a batch runs with the adapter named for it, in this thread.
+
+        For loops over ``forward``, which would else look the names up in each call, and for CUDA graphs; see
+        :class:`~ia3.serving.mixed.MixedBatch`.
+        """
+        return MixedBatch(self, adapter_names, repeats)
+
+    def generate_batch(self, inputs: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the base model's ``generate_batch`` (continuous batching).
+
+        adapter_names: for each of ``inputs`` an adapter, ``__base__`` for none; see
+            :func:`~ia3.serving.continuous.generate_batch` for the arguments that it takes then.
+        """
+        if adapter_names is None:
+            return self.model.generate_batch(inputs, *args, **kwargs)
+        from .serving.continuous import generate_batch  # what it imports is large, and few need it
+
+        return generate_batch(self, inputs, adapter_names, *args, **kwargs)
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class PeftModel(peft.PeftModel):
+    """``peft.PeftModel`` with accelerated layers, whose checks come first, and whose errors leave no trace.
+
+    Also the first base of the classes for tasks, whose second is PEFT's.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> None:
+        check_unadapted(model)
+        _check_name(adapter_name)
+        plan = plan_adapter(model, IA3Config.of(peft_config))
+        with _all_or_nothing(model, plan, adapter_name), _as_linear(plan):
+            super().__init__(model, plan.config, adapter_name, **kwargs)
+        accelerate(self)
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Add a new adapter, which is not active; PEFT's method. Raises :class:`IA3Error`, and changes nothing."""
+        base: Any = self
+        _check_name(adapter_name, base.peft_config)
+        plan = plan_adapter(base.get_base_model(), IA3Config.of(peft_config))
+        with _all_or_nothing(base.get_base_model(), plan, adapter_name), _as_linear(plan):
+            super().add_adapter(adapter_name, plan.config, *args, **kwargs)  # type: ignore[misc]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make this adapter the active one, or these, whose vectors then multiply; PEFT's method."""
+        base: Any = self
+        names = base.base_model.check_known(adapter_name)
+        if len(names) == 1:
+            super().set_adapter(names[0], inference_mode)  # type: ignore[misc]
+        else:
+            base.base_model.set_adapter(names, inference_mode)
+            base.active_adapter = names[0]
 
     @classmethod
     def from_pretrained(
@@ -355,119 +294,262 @@ class IA3Model(_Base):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: IA3Config | None = None,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
+        config: Any = None,
+        *args: Any,
         key_mapping: dict[str, str] | None = None,
-        **source: Any,
-    ) -> IA3Model:
-        """Put a saved adapter (ours or PEFT's) into ``model``.
-
-        model_id: the adapter's local folder, or its name on a model hub. A named adapter's is the sub-folder of its
-            name.
-        is_trainable: go on training; else everything is frozen, and the model in evaluation mode.
-        config: what to use in place of the saved configuration.
-        autocast_adapter_dtype: fp32 vectors; else vectors of the base layers' dtype.
-        low_cpu_mem_usage: accepted; vectors are small, and loading is the same.
-        key_mapping: regular expressions and replacements for the names of modules in the file.
-        source: ``subfolder``, and for a hub ``revision``, ``token``, ``cache_dir``.
+        **kwargs: Any,
+    ) -> Any:
+        """Put a saved adapter into ``model``; PEFT's method, with the file checked before.
 
         Raises :class:`IA3Error`, and leaves ``model`` as it was, for any file that is damaged or does not fit.
         """
-        _check_base_model(model)
-        result = cls(IA3Tuner(model))
-        result._load(model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, key_mapping, source)
-        return result
+        check_unadapted(model)
+        _check_name(adapter_name)
+        folder, kwargs = _located(model_id, kwargs)
+        found = IA3Config.from_pretrained(folder) if config is None else IA3Config.of(config)
+        found.inference_mode = not is_trainable
+        plan = plan_adapter(model, found, strict=False)
+        mapping = _check_file(model, folder, expected_tensors(plan), key_mapping)
+        with _all_or_nothing(model, plan, adapter_name), _as_linear(plan):
+            result = peft.PeftModel.from_pretrained(
+                model, str(folder), adapter_name, is_trainable, plan.config, *args, key_mapping=mapping, **kwargs
+            )
+        return accelerate(result)
 
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
-        torch_device: str | None = None,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
+        *args: Any,
         key_mapping: dict[str, str] | None = None,
-        **source: Any,
+        **kwargs: Any,
     ) -> Any:
-        """Load a saved adapter beside those that are there, or into the one of this name; it does not become active.
+        """Load a saved adapter beside those that are there, or into the one of this name; PEFT's method.
 
-        The arguments are those of :meth:`from_pretrained`; vectors go where their base layers are, so ``torch_device``
-        has no effect. Returns what ``load_state_dict`` returns: the names of missing and unexpected tensors, none.
         Raises :class:`IA3Error`, and changes nothing.
         """
-        return self._load(model_id, adapter_name, is_trainable, None, autocast_adapter_dtype, key_mapping, source)
-
-    def _load(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool,
-        config: IA3Config | None,
-        autocast_adapter_dtype: bool,
-        key_mapping: dict[str, str] | None,
-        source: dict[str, Any],
-    ) -> Any:
-        base = self.get_base_model()
-        folder = source_folder(model_id, **source)
-        tensors = read_tensors(folder, key_mapping)
-        is_new = adapter_name not in self.peft_config
-        if is_new:
-            self.base_model.check_new(adapter_name)
-            config = as_config(config) if config is not None else IA3Config.from_pretrained(folder)
-            config.inference_mode = not is_trainable
-            plan = plan_adapter(base, config, strict=False)
-            check_tensors(tensors, expected_tensors(plan), embedding_tensors(base), folder)
-            self.base_model.inject(plan, adapter_name, autocast_adapter_dtype)
+        this: Any = self
+        base = this.get_base_model()
+        folder, kwargs = _located(model_id, kwargs)
+        if adapter_name in this.peft_config:
+            mapping = _check_file(base, folder, present_tensors(base, adapter_name), key_mapping)
+            if any(adapter_name in layer.merged_adapters for _, layer in this.base_model.scaled_layers()):
+                warnings.warn(f"{adapter_name!r} is merged; it is unmerged before it is replaced.", stacklevel=2)
+                this.base_model.unmerge_adapter()
+            plan = None
         else:
-            check_tensors(tensors, adapter_tensors(base, adapter_name), embedding_tensors(base), folder)
-            self.base_model.unmerge_with_warning("before vectors are replaced")
-        result = copy_tensors(base, adapter_name, tensors)
-        if is_trainable:
-            self.base_model.set_requires_grad(adapter_name)
-        else:
-            self.eval()
-        return result
+            _check_name(adapter_name)
+            plan = plan_adapter(base, IA3Config.from_pretrained(folder), strict=False)
+            mapping = _check_file(base, folder, expected_tensors(plan), key_mapping)
+        with _all_or_nothing(base, plan, adapter_name):
+            load: Any = super().load_adapter  # type: ignore[misc]
+            return load(str(folder), adapter_name, is_trainable, *args, key_mapping=mapping, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            # Before __init__ (unpickling, copying) there is nothing to look into.
-            if "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the adapters' files and a model card, all of them or none; PEFT's method."""
+        base: Any = self
+        if kwargs.get("safe_serialization", args[0] if args else True) is not True:
+            raise IA3Error("safe_serialization is False, but adapters are saved as safetensors only; leave it out.")
+        embeddings = kwargs.get("save_embedding_layers", args[2] if len(args) > 2 else "auto")
+        if embeddings is True:
+            _check_embeddings_unmerged(base.get_base_model())
+        if kwargs.get("state_dict") is None and any(hasattr(p, "full_tensor") for p in self.parameters()):
+            # Sharded: gathered, which all processes have to do together.
+            kwargs["state_dict"] = {
+                name: getattr(tensor, "full_tensor", lambda own=tensor: own)()
+                for name, tensor in self.state_dict().items()
+                if "ia3_l" in name or "modules_to_save" in name or not hasattr(tensor, "full_tensor")
+            }
+        target = Path(save_directory)
+        with atomic_folder(target) as content:
+            if (target / "README.md").is_file():
+                shutil.copyfile(target / "README.md", content / "README.md")
+            super().save_pretrained(str(content), *args, **kwargs)  # type: ignore[misc]
+            for path in content.rglob(WEIGHTS_NAME):
+                _rename_compiled(path)
 
 
-def as_config(config: Any) -> IA3Config:
-    """A copy of ``config``, which may be PEFT's ``IA3Config`` as well; raises :class:`IA3Error` for anything else."""
-    if isinstance(config, IA3Config):
-        return copy.deepcopy(config)
-    if getattr(config, "peft_type", None) == PeftType.IA3 and hasattr(config, "to_dict"):
-        return IA3Config.from_dict(config.to_dict())
-    raise IA3Error(f"peft_config is a {type(config).__name__}; expected an ia3.IA3Config: make one.")
+def _rename_compiled(path: Path) -> None:
+    """Take what torch.compile puts before names out of a saved adapter's, so that it fits a plain model."""
+    tensors = load_file(path)
+    if any(COMPILED in name for name in tensors):
+        save_file({name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
-def _check_base_model(model: nn.Module) -> None:
+def _check_embeddings_unmerged(model: nn.Module) -> None:
+    for embedding in embeddings_of(model):
+        if isinstance(embedding, ScaledLayer) and embedding.merged_adapters:
+            raise IA3Error(
+                f"{', '.join(embedding.merged_adapters)} is merged into the embeddings, which were to be saved; "
+                "unmerge_adapter first, or leave save_embedding_layers out."
+            )
+
+
+def _check_name(adapter_name: Any, known: Any = ()) -> None:
+    """Raise :class:`IA3Error` for a name that an adapter cannot have."""
+    if (
+        not isinstance(adapter_name, str)
+        or not adapter_name
+        or any(part in adapter_name for part in (".", "/", "\\", "ia3_"))
+    ):
+        raise IA3Error(
+            f"adapter_name is {adapter_name!r}; expected a name without dots, slashes and 'ia3_', such as 'default': "
+            "rename it."
+        )
+    if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.ModuleDict(), adapter_name):
+        raise IA3Error(
+            f"adapter_name is {adapter_name!r}, which is a method of torch's containers; choose another name."
+        )
+    if adapter_name in known:
+        raise IA3Error(
+            f"the model already has an adapter {adapter_name!r} (it has {', '.join(known)}); choose another name, or "
+            "delete_adapter it first."
+        )
+
+
+def check_unadapted(model: Any) -> None:
+    """Raise :class:`IA3Error` for what is no model, or has adapters already."""
     if not isinstance(model, nn.Module):
         raise IA3Error(f"model is a {type(model).__name__}; expected an nn.Module: load it first.")
-    if isinstance(model, IA3Model) or any(True for _ in carriers(model)):
+    if isinstance(model, peft.PeftModel) or any(True for _ in carriers(model)):
         raise IA3Error(
-            "the model already carries IA3 adapters; add another with add_adapter or load_adapter, or take them out "
-            "with unload() first."
+            "the model already carries adapters; add another with add_adapter or load_adapter, run those that it has "
+            "with ia3.accelerate, or take them out with unload() first."
         )
+
+
+def _located(model_id: str | os.PathLike[str], source: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Return the local folder of an adapter, and the arguments that did not serve to find it."""
+    used = ("subfolder", "revision", "token", "cache_dir")
+    folder = source_folder(model_id, **{name: source[name] for name in used if name in source})
+    return folder, {name: value for name, value in source.items() if name not in used}
+
+
+def _check_file(
+    model: nn.Module, folder: Path, expected: dict[str, Tensor], key_mapping: dict[str, str] | None
+) -> dict[str, str]:
+    """Raise :class:`IA3Error` for an adapter's file that does not fit; returns the mapping by which PEFT reads it."""
+    tensors, optional = read_tensors(folder, key_mapping), embedding_tensors(model)
+    renamed = fitting_names(model, tensors, [*expected, *optional])
+    check_tensors({renamed.get(name, name): tensor for name, tensor in tensors.items()}, expected, optional, folder)
+    exact = {
+        f"^{name.removeprefix(KEY_PREFIX)}$".replace(".", r"\."): place.removeprefix(KEY_PREFIX)
+        for name, place in renamed.items()
+    }
+    return {**(key_mapping or {}), **exact}
+
+
+@contextmanager
+def _as_linear(plan: Plan) -> Iterator[None]:
+    """Within the block, targets that are linear but for their class are what PEFT takes for a linear layer."""
+    hidden = [(layer, base_of(layer)) for layer in (target.module for target in plan.targets)]
+    odd = [base for _, base in hidden if not isinstance(base, nn.Linear | _KNOWN_TO_PEFT)]
+    kinds = [type(base) for base in odd]
+    for base, kind in zip(odd, kinds, strict=True):
+        base.__class__ = type(kind.__name__, (kind, nn.Linear), {})
+    try:
+        yield
+    finally:
+        for base, kind in zip(odd, kinds, strict=True):
+            base.__class__ = kind
+
+
+_KNOWN_TO_PEFT = nn.Conv2d | nn.Conv3d | peft_layer.Conv1D
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, plan: Plan | None, adapter_name: str) -> Iterator[None]:
+    """After an exception within the block: the same modules, the same ``requires_grad``, no trace of the adapter."""
+    if plan is None:
+        yield
+        return
+    named = [(target.path, target.module) for target in plan.targets] + list(plan.saved)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs = model.__dict__.get("peft_config")
+    try:
+        yield
+    except BaseException:
+        _uninstall(model)
+        for path, module in named:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)
+        for _, carrier in carriers(model):
+            for held in (carrier.ia3_l if is_scaled(carrier) else carrier.modules_to_save,):
+                if adapter_name in held:
+                    del held[adapter_name]
+        if configs is None:
+            model.__dict__.pop("peft_config", None)
+        else:
+            configs.pop(adapter_name, None)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        if any(isinstance(module, ScaledLayer) for module in model.modules()):
+            _install(model)
+        raise
+
+
+class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):
+    """``peft.PeftModelForCausalLM`` with accelerated layers."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel, peft.PeftModelForSeq2SeqLM):
+    """``peft.PeftModelForSeq2SeqLM`` with accelerated layers."""
+
+
+class PeftModelForSequenceClassification(PeftModel, peft.PeftModelForSequenceClassification):
+    """``peft.PeftModelForSequenceClassification`` with accelerated layers."""
+
+
+class PeftModelForTokenClassification(PeftModel, peft.PeftModelForTokenClassification):
+    """``peft.PeftModelForTokenClassification`` with accelerated layers."""
+
+
+class PeftModelForQuestionAnswering(PeftModel, peft.PeftModelForQuestionAnswering):
+    """``peft.PeftModelForQuestionAnswering`` with accelerated layers."""
+
+
+class PeftModelForFeatureExtraction(PeftModel, peft.PeftModelForFeatureExtraction):
+    """``peft.PeftModelForFeatureExtraction`` with accelerated layers."""
+
+
+_MODELS: dict[str | None, Any] = {
+    None: PeftModel,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+def _auto(name: str, model_class: Any) -> Any:
+    theirs = getattr(peft, name)
+    return type(name, (theirs,), {"_target_peft_class": model_class, "__module__": __name__, "__doc__": theirs.__doc__})
+
+
+AutoPeftModel = _auto("AutoPeftModel", PeftModel)
+AutoPeftModelForCausalLM = _auto("AutoPeftModelForCausalLM", PeftModelForCausalLM)
+AutoPeftModelForSeq2SeqLM = _auto("AutoPeftModelForSeq2SeqLM", PeftModelForSeq2SeqLM)
+AutoPeftModelForSequenceClassification = _auto(
+    "AutoPeftModelForSequenceClassification", PeftModelForSequenceClassification
+)
+AutoPeftModelForTokenClassification = _auto("AutoPeftModelForTokenClassification", PeftModelForTokenClassification)
+AutoPeftModelForQuestionAnswering = _auto("AutoPeftModelForQuestionAnswering", PeftModelForQuestionAnswering)
+AutoPeftModelForFeatureExtraction = _auto("AutoPeftModelForFeatureExtraction", PeftModelForFeatureExtraction)
 
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: IA3Config,
+    peft_config: peft.IA3Config,
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> IA3Model:
-    """Put a new adapter into ``model``, in place, and freeze everything else.
+) -> Any:
+    """Put a new adapter into ``model``, in place, and freeze everything else; returns the ``PeftModel`` of its task.
 
     mixed: adapters of several methods in one model, of which IA3 can be none, in PEFT too; must be ``False``.
     autocast_adapter_dtype: fp32 vectors; else vectors of the base layers' dtype.
@@ -477,47 +559,131 @@ def get_peft_model(
     Raises :class:`~ia3.errors.IA3Error` (a ``ValueError``), and leaves ``model`` as it was, where the configuration
     does not fit it. The configuration itself is copied, not changed.
     """
-    _check_base_model(model)
+    check_unadapted(model)
     if mixed:
         raise IA3Error("mixed is True, but IA3 adapters cannot be mixed with those of other methods; leave it out.")
-    plan = plan_adapter(model, as_config(peft_config))
-    plan.config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
-    plan.config.revision = revision or plan.config.revision
-    result = IA3Model(IA3Tuner(model))
-    result.base_model.inject(plan, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-    return result
+    config = IA3Config.of(peft_config)
+    config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    config.revision = revision or config.revision
+    made = _MODELS[None if config.task_type is None else config.task_type.value]
+    return made(
+        model,
+        config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
 
 
 def inject_adapter_in_model(
-    peft_config: IA3Config, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+    peft_config: peft.IA3Config, model: nn.Module, adapter_name: str = "default", **kwargs: Any
 ) -> nn.Module:
     """Put a new adapter into ``model`` and return ``model`` itself, with no wrapper around it; as PEFT's function."""
-    return get_peft_model(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage).get_base_model()
+    config = IA3Config.of(peft_config)
+    plan = plan_adapter(model, config, strict="state_dict" not in kwargs)
+    with _all_or_nothing(model, plan, adapter_name), _as_linear(plan):
+        peft.inject_adapter_in_model(plan.config, model, adapter_name, **kwargs)
+        return accelerate(model)
 
 
-def get_peft_model_state_dict(
-    model: IA3Model,
-    state_dict: dict[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    save_embedding_layers: str | bool = "auto",
-) -> dict[str, Tensor]:
-    """The tensors of one adapter by the keys of a file, as PEFT's function; raises :class:`IA3Error`."""
-    model.base_model.check_known(adapter_name)
-    tensors = adapter_tensors(model.get_base_model(), adapter_name, state_dict)
-    if save_embedding_layers is True:
-        check_embeddings_unmerged(model.get_base_model())
-        tensors.update(embedding_tensors(model.get_base_model(), state_dict))
-    return tensors
+# --- acceleration ---------------------------------------------------------------------------------------------------
+
+# PEFT's class -> ours
+_CLASSES: dict[type, type] = {kind.__bases__[-1]: kind for kind in (*_LAYERS, *_MODELS.values(), IA3Model)}
+_ORIGINALS = {ours: theirs for theirs, ours in _CLASSES.items()}
 
 
-def set_peft_model_state_dict(
-    model: IA3Model, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
-) -> Any:
-    """Write such tensors into an adapter of the model; all or nothing, raises :class:`IA3Error`."""
-    model.base_model.check_known(adapter_name)
-    base = model.get_base_model()
-    check_tensors(
-        peft_model_state_dict, adapter_tensors(base, adapter_name), embedding_tensors(base), "peft_model_state_dict"
-    )
-    model.base_model.unmerge_with_warning("before vectors are replaced")
-    return copy_tensors(base, adapter_name, peft_model_state_dict)
+def accelerate(model: _Model) -> _Model:
+    """Run the IA3 layers of a ``peft.PeftModel`` on this package's kernels; returns ``model`` itself, changed in place.
+
+    Also takes a transformers model with adapters of its own (``add_adapter``, ``load_adapter``). Layers stay what they
+    are for everybody else: instances of PEFT's classes, with the same parameters and names in ``state_dict``. What PEFT
+    does afterwards (adding, switching, merging, deleting adapters) works, and keeps the model accelerated. What runs
+    where is in ``ia3.report(model)``, and in the log at level INFO.
+
+    Call it before sharding (FSDP) and compiling. A model that is accelerated already stays so. Raises
+    :class:`~ia3.errors.IA3Error` where there is nothing to accelerate.
+    """
+    if not isinstance(model, nn.Module):
+        raise IA3Error(f"model is a {type(model).__name__}; expected a peft.PeftModel or a transformers model.")
+    if not any(isinstance(module, peft_layer.IA3Layer) for module in model.modules()):
+        raise IA3Error(
+            f"this {type(model).__name__} has no IA3 layers of PEFT; put an adapter in first, with get_peft_model or "
+            "the model's add_adapter."
+        )
+    _install(model)
+    if not any(isinstance(module, IA3Model) for module in model.modules()):
+        for name in _INJECTING:
+            if hasattr(type(model), name):
+                # A partial on the instance can be copied and pickled with the model, and deleted again.
+                setattr(model, name, functools.partial(_inject_and_install, model, name))
+    logger.info("accelerated:\n%s", report(model))
+    return model
+
+
+def decelerate(model: _Model) -> _Model:
+    """Undo :func:`accelerate`; returns ``model`` itself. Weights that hold vectors are unmerged."""
+    merged = [("layer", layer) for layer in model.modules() if isinstance(layer, MergingLayer) and layer._merge_state]
+    if merged:
+        merging.unmerge(model, merged)
+    _uninstall(model)
+    for module in model.modules():
+        theirs = _ORIGINALS.get(type(module))
+        if theirs is not None:
+            module.__class__ = theirs
+            module.__dict__.pop("_running", None)
+    for name in _INJECTING:
+        patch = model.__dict__.get(name)
+        if isinstance(patch, functools.partial) and patch.func is _inject_and_install:
+            delattr(model, name)
+    return model
+
+
+def _inject_and_install(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Call the method of the class; then the layers that it put in are accelerated as well."""
+    result = getattr(type(model), method)(model, *args, **kwargs)
+    _install(model)
+    return result
+
+
+def _install(model: nn.Module) -> None:
+    """Give PEFT's objects in ``model`` their accelerated classes, and patch what stands around them."""
+    for module in list(model.modules()):
+        kind = _CLASSES.get(type(module))
+        if kind is None:
+            continue
+        module.__class__ = kind
+        inner: Any = module._modules.get("base_layer") or module._modules.get("model") or module._modules["base_model"]
+        module.training = inner.training
+        if isinstance(module, MergingLayer):
+            module.note_running()
+    _part_shared(model)
+    formats.make_differentiable(model)
+    speed_up_frozen(model)
+    mlp.fuse(model)
+
+
+def _uninstall(model: nn.Module) -> None:
+    """Take back the patches of :func:`_install`."""
+    mlp.unfuse(model)
+    give_back_frozen(model)
+    formats.give_back(model)
+
+
+def _part_shared(model: nn.Module) -> None:
+    """Give a layer that also stands elsewhere in the model, unscaled, a twin with the same parameters.
+
+    One layer cannot be merged for one of its two parents only; two that share parameters can.
+    """
+    parents: dict[int, int] = {}
+    for module in model.modules():
+        for child in module._modules.values():
+            parents[id(child)] = parents.get(id(child), 0) + 1
+    for module in model.modules():
+        base = module._modules.get("base_layer")
+        if isinstance(module, MergingLayer) and base is not None and parents[id(base)] > 1:
+            twin = base.__class__.__new__(base.__class__)
+            twin.__dict__.update(base.__dict__)
+            for name in ("_parameters", "_buffers", "_modules"):
+                twin.__dict__[name] = dict(base.__dict__[name])
+            module._modules["base_layer"] = twin

@@ -12,9 +12,10 @@ from torch import nn
 
 import ia3_kernels
 
-from .layers import ScaledLayer, active_vectors, is_scaled, plain_weight
+from .layers import ScaledLayer, acting_adapters, plain_weight, vectors_of
+from .matching import is_scaled
+from .merging.quantized import error_of
 from .mlp import Row, obstacle, patch_of, row_of
-from .quantized_merging import error_of
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,17 @@ def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
 
 def _merged(layer: Any) -> str:
     """That a layer's vectors are merged, and where they went if it is quantized."""
-    held = getattr(layer, "_held", None)  # PEFT's layers, merged by PEFT, have none
-    if held is None or held.route is None:
+    state = getattr(layer, "_merge_state", None)  # none where PEFT merged
+    if state is None or state.placement is None:
         return "merged"
-    error = error_of(held.route)
+    error = error_of(state.placement)
     if error is not None:
         return f"merged into a weight quantized anew, {error:.2g} of its norm away from the exact one"
-    return "merged into the scales" if held.route.path == held.route.owner else f"merged into {held.route.path}"
+    return (
+        "merged into the scales"
+        if state.placement.path == state.placement.owner
+        else f"merged into {state.placement.path}"
+    )
 
 
 def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dtype: torch.dtype) -> ReportRow:
@@ -86,7 +91,7 @@ def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dty
         return ReportRow(
             path, kind, f"{type(layer).__module__.partition('.')[0]}", "not accelerated: ia3.accelerate does"
         )
-    if layer.disable_adapters or layer.merged or not active_vectors(layer):
+    if layer.disable_adapters or not vectors_of(layer, acting_adapters(layer)):
         state = _merged(layer) if layer.merged else "disabled" if layer.disable_adapters else "not active here"
         return ReportRow(path, kind, type(base).__name__, f"the adapter is {state}")
     reason = ""

@@ -156,10 +156,10 @@ def batch() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def adapted() -> Callable[..., ia3.IA3Model]:
+def adapted() -> Callable[..., ia3.PeftModel]:
     """Build a family's model with an adapter whose vectors are far from ones, zeros and negatives among them."""
 
-    def build(family: Family, dtype: torch.dtype = torch.float32, **config: Any) -> ia3.IA3Model:
+    def build(family: Family, dtype: torch.dtype = torch.float32, **config: Any) -> ia3.PeftModel:
         base = family.build().to(dtype)
         model = ia3.get_peft_model(base, ia3.IA3Config(task_type=family.task, **(family.targets | config)))
         perturb(model)

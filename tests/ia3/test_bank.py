@@ -26,11 +26,11 @@ IDS = torch.randint(3, 64, (4, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def model(llama: nn.Module) -> ia3.IA3Model:
+def model(llama: nn.Module) -> ia3.PeftModel:
     return ia3.get_peft_model(llama, ia3.IA3Config(task_type="CAUSAL_LM")).eval()
 
 
-def vectors(model: ia3.IA3Model, seed: int) -> dict[str, Tensor]:
+def vectors(model: ia3.PeftModel, seed: int) -> dict[str, Tensor]:
     """The tensors of an adapter of its own."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: vector.shape for name, vector in ia3.get_peft_model_state_dict(model).items()}
@@ -38,7 +38,7 @@ def vectors(model: ia3.IA3Model, seed: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def expected(model: ia3.IA3Model, adapter: Mapping[str, Tensor]) -> Tensor:
+def expected(model: ia3.PeftModel, adapter: Mapping[str, Tensor]) -> Tensor:
     """The logits of IDS with this adapter, which the model itself carries for it."""
     ia3.set_peft_model_state_dict(model, dict(adapter))
     logits: Tensor = model(IDS).logits
@@ -46,7 +46,7 @@ def expected(model: ia3.IA3Model, adapter: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def computed(model: ia3.IA3Model, name: str) -> Tensor:
+def computed(model: ia3.PeftModel, name: str) -> Tensor:
     logits: Tensor = model(IDS, adapter_names=[name] * len(IDS)).logits
     return logits
 
@@ -65,7 +65,7 @@ def unchanged(bank: AdapterBank, before: tuple[Any, ...]) -> bool:
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
-def test_folders_of_ours_and_of_peft_load_as_they_are(model: ia3.IA3Model, tmp_path: Path) -> None:
+def test_folders_of_ours_and_of_peft_load_as_they_are(model: ia3.PeftModel, tmp_path: Path) -> None:
     ours, theirs = vectors(model, 1), vectors(model, 2)
     ia3.set_peft_model_state_dict(model, ours)
     model.save_pretrained(tmp_path / "ours")
@@ -82,7 +82,7 @@ def test_folders_of_ours_and_of_peft_load_as_they_are(model: ia3.IA3Model, tmp_p
         assert torch.equal(computed(model, "theirs"), want[1])
 
 
-def test_missing_vectors_are_ones_and_16_bits_are_widened(model: ia3.IA3Model) -> None:
+def test_missing_vectors_are_ones_and_16_bits_are_widened(model: ia3.PeftModel) -> None:
     full = vectors(model, 1)
     some = {name: tensor.bfloat16() for name, tensor in full.items() if "down_proj" in name}
     with AdapterBank(model, 1) as bank:
@@ -92,7 +92,7 @@ def test_missing_vectors_are_ones_and_16_bits_are_widened(model: ia3.IA3Model) -
         assert torch.equal(computed(model, "some"), expected(model, want))
 
 
-def test_layers_that_come_later_are_not_scaled_by_what_came_before(model: ia3.IA3Model) -> None:
+def test_layers_that_come_later_are_not_scaled_by_what_came_before(model: ia3.PeftModel) -> None:
     early, evicted = vectors(model, 1), vectors(model, 2)
     want = [expected(model, early), expected(model, evicted)]
     bank = AdapterBank(model, 1)
@@ -141,7 +141,7 @@ def _infinite(tensors: dict[str, Tensor]) -> None:
     ],
 )
 def test_an_adapter_that_does_not_fit_is_a_sentence(
-    model: ia3.IA3Model, damage: Callable[[dict[str, Tensor]], None], said: str
+    model: ia3.PeftModel, damage: Callable[[dict[str, Tensor]], None], said: str
 ) -> None:
     bank = AdapterBank(model, 2)
     bank.load("good", vectors(model, 1))
@@ -153,7 +153,7 @@ def test_an_adapter_that_does_not_fit_is_a_sentence(
     assert unchanged(bank, before)
 
 
-def test_other_mistakes_are_sentences(model: ia3.IA3Model, tmp_path: Path) -> None:
+def test_other_mistakes_are_sentences(model: ia3.PeftModel, tmp_path: Path) -> None:
     bank = AdapterBank(model, 2)
     bank.load("good", vectors(model, 1))
     before = facts(bank)
@@ -183,7 +183,7 @@ def test_other_mistakes_are_sentences(model: ia3.IA3Model, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("in_files", [False, True], ids=["host memory", "files"])
-def test_evicted_adapters_come_back_as_they_were(model: ia3.IA3Model, tmp_path: Path, in_files: bool) -> None:
+def test_evicted_adapters_come_back_as_they_were(model: ia3.PeftModel, tmp_path: Path, in_files: bool) -> None:
     adapters = {f"{seed}": vectors(model, seed) for seed in range(5)}
     want = {name: expected(model, adapter) for name, adapter in adapters.items()}
     bank = AdapterBank(model, 2, folder=tmp_path if in_files else None)
@@ -212,7 +212,7 @@ def test_evicted_adapters_come_back_as_they_were(model: ia3.IA3Model, tmp_path: 
     assert model.base_model.bank is None
 
 
-def test_the_least_recently_used_leaves_and_the_pinned_stays(model: ia3.IA3Model) -> None:
+def test_the_least_recently_used_leaves_and_the_pinned_stays(model: ia3.PeftModel) -> None:
     bank = AdapterBank(model, 3)
     for name in "abc":
         bank.load(name, vectors(model, ord(name)), pin=name == "a")
@@ -236,7 +236,7 @@ def test_the_least_recently_used_leaves_and_the_pinned_stays(model: ia3.IA3Model
     assert outside() == {"a"}
 
 
-def test_a_batch_of_more_adapters_than_slots_is_a_sentence(model: ia3.IA3Model) -> None:
+def test_a_batch_of_more_adapters_than_slots_is_a_sentence(model: ia3.PeftModel) -> None:
     bank = AdapterBank(model, 2)
     for name in "abc":
         bank.load(name, vectors(model, ord(name)))
@@ -246,7 +246,7 @@ def test_a_batch_of_more_adapters_than_slots_is_a_sentence(model: ia3.IA3Model) 
     assert torch.equal(computed(model, "c"), expected(model, vectors(model, ord("c"))))
 
 
-def test_what_a_running_batch_uses_stays_what_it_is(model: ia3.IA3Model) -> None:
+def test_what_a_running_batch_uses_stays_what_it_is(model: ia3.PeftModel) -> None:
     old, new = vectors(model, 1), vectors(model, 2)
     want = [expected(model, old), expected(model, new)]
     bank = AdapterBank(model, 2)
@@ -267,7 +267,7 @@ def test_what_a_running_batch_uses_stays_what_it_is(model: ia3.IA3Model) -> None
     assert torch.equal(computed(model, "b"), want[0])
 
 
-def test_an_assigned_route_lets_go_of_what_it_had(model: ia3.IA3Model) -> None:
+def test_an_assigned_route_lets_go_of_what_it_had(model: ia3.PeftModel) -> None:
     bank = AdapterBank(model, 3)
     for name in "abc":
         bank.load(name, vectors(model, ord(name)))
@@ -282,7 +282,7 @@ def test_an_assigned_route_lets_go_of_what_it_had(model: ia3.IA3Model) -> None:
     assert bank.report().in_use == 0
 
 
-def test_host_memory_is_limited(model: ia3.IA3Model) -> None:
+def test_host_memory_is_limited(model: ia3.PeftModel) -> None:
     size = 4 * sum(tensor.numel() for tensor in vectors(model, 0).values())
     bank = AdapterBank(model, 1, host_limit=size)
     for name in "ab":
@@ -295,7 +295,7 @@ def test_host_memory_is_limited(model: ia3.IA3Model) -> None:
     bank.load("c", vectors(model, 0))
 
 
-def test_a_lost_file_is_a_sentence(model: ia3.IA3Model, tmp_path: Path) -> None:
+def test_a_lost_file_is_a_sentence(model: ia3.PeftModel, tmp_path: Path) -> None:
     bank = AdapterBank(model, 1, folder=tmp_path)
     for name in "ab":
         bank.load(name, vectors(model, 0))
@@ -306,7 +306,7 @@ def test_a_lost_file_is_a_sentence(model: ia3.IA3Model, tmp_path: Path) -> None:
     assert unchanged(bank, before)
 
 
-def test_a_load_between_forward_and_backward_is_harmless(model: ia3.IA3Model) -> None:
+def test_a_load_between_forward_and_backward_is_harmless(model: ia3.PeftModel) -> None:
     bank = AdapterBank(model, 2)
     bank.load("a", vectors(model, 1))
     embeds = torch.randn(2, 5, 32, requires_grad=True)
@@ -316,7 +316,7 @@ def test_a_load_between_forward_and_backward_is_harmless(model: ia3.IA3Model) ->
     assert embeds.grad is not None
 
 
-def test_a_copy_has_no_bank(model: ia3.IA3Model) -> None:
+def test_a_copy_has_no_bank(model: ia3.PeftModel) -> None:
     with AdapterBank(model, 2) as bank:
         bank.load("a", vectors(model, 1))
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -329,7 +329,7 @@ def test_a_copy_has_no_bank(model: ia3.IA3Model) -> None:
 
 
 def test_threads_that_load_unload_and_generate(
-    model: ia3.IA3Model, tmp_path: Path, request: pytest.FixtureRequest
+    model: ia3.PeftModel, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Eight threads over many more adapters than slots; every result is that of the request run alone.
 

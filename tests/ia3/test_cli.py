@@ -119,11 +119,10 @@ def test_finetune_writes_adapter_curve_and_metrics(tiny_model: Path, adapter: Pa
 
 def test_peft_loads_what_finetune_wrote(tiny_model: Path, adapter: Path) -> None:
     peft = pytest.importorskip("peft")
-    from ia3 import IA3Model
 
     tokens = torch.tensor([[5, 6, 7, 8]])
     theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), adapter)
-    ours = IA3Model.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), adapter)
+    ours = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), adapter)
     plain = LlamaForCausalLM.from_pretrained(tiny_model)
     with torch.inference_mode():
         expected = theirs(tokens).logits
@@ -211,7 +210,7 @@ def test_an_interrupted_run_leaves_nothing(
         (Path(folder) / "adapter_config.json").write_text("{")
         signal.raise_signal(number)
 
-    monkeypatch.setattr("ia3.IA3Model.save_pretrained", save)
+    monkeypatch.setattr("ia3.PeftModel.save_pretrained", save)
     command = [*map(str, ["finetune", tiny_model, text, "-o", tmp_path / "out", *QUICK])]
     if number == signal.SIGINT:
         assert main(command) == code

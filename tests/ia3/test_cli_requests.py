@@ -52,7 +52,7 @@ def answers(
 
 def alone(model: Path, adapters: Path, prompt: str, adapter: str | None, tokens: int) -> str:
     base = LlamaForCausalLM.from_pretrained(model)
-    running: Any = base if adapter is None else ia3.IA3Model.from_pretrained(base, adapters / adapter)
+    running: Any = base if adapter is None else ia3.PeftModel.from_pretrained(base, adapters / adapter)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(prompt, return_tensors="pt")
     output = running.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import ia3
-from ia3 import forwards, frozen, layers
+from ia3 import layers
 from tests.ia3_kernels.helpers import needs_native
 
 from .conftest import BY_NAME

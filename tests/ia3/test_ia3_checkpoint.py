@@ -21,7 +21,7 @@ KEY = "base_model.model.model.layers.1.mlp.down_proj.ia3_l"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]) -> Path:
+def folder(tmp_path: Path, families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]) -> Path:
     adapted(families["llama"]).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -38,16 +38,16 @@ def _cut(folder: Path, length: int) -> None:
 
 
 def _from_pretrained(model: nn.Module, folder: Path) -> object:
-    return ia3.IA3Model.from_pretrained(model, folder)
+    return ia3.PeftModel.from_pretrained(model, folder)
 
 
 def _load_new(model: nn.Module, folder: Path) -> object:
-    assert isinstance(model, ia3.IA3Model)
+    assert isinstance(model, ia3.PeftModel)
     return model.load_adapter(folder, "new")
 
 
 def _load_over(model: nn.Module, folder: Path) -> object:
-    assert isinstance(model, ia3.IA3Model)
+    assert isinstance(model, ia3.PeftModel)
     return model.load_adapter(folder, "default")
 
 
@@ -57,7 +57,7 @@ every_way = pytest.mark.parametrize("load", [_from_pretrained, _load_new, _load_
 
 @pytest.fixture
 def receiver(
-    load: _Load, llama: nn.Module, families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]
+    load: _Load, llama: nn.Module, families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]
 ) -> nn.Module:
     """The model that an adapter is loaded into, in one of those ways."""
     return llama if load is _from_pretrained else adapted(families["llama"])
@@ -152,7 +152,7 @@ def test_garbage_is_refused(
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a flipped name is an unknown field
 def test_a_flipped_bit_is_refused_or_harmless(
     families: dict[str, Any],
-    adapted: Callable[..., ia3.IA3Model],
+    adapted: Callable[..., ia3.PeftModel],
     snapshot: Callable[[nn.Module], Any],
     name: str,
     file: str,
@@ -172,7 +172,7 @@ def test_a_flipped_bit_is_refused_or_harmless(
         damaged[position] ^= 1 << source.randrange(8)
         path.write_bytes(damaged)
         try:
-            model = ia3.IA3Model.from_pretrained(base, tmp_path)
+            model = ia3.PeftModel.from_pretrained(base, tmp_path)
         except ia3.IA3Error as error:
             refusals.append(str(error))
         else:
@@ -189,7 +189,7 @@ def test_a_flipped_bit_is_refused_or_harmless(
 @every_way
 def test_a_damaged_head_changes_nothing(
     families: dict[str, Any],
-    adapted: Callable[..., ia3.IA3Model],
+    adapted: Callable[..., ia3.PeftModel],
     snapshot: Callable[[nn.Module], Any],
     load: _Load,
     tmp_path: Path,
@@ -214,14 +214,14 @@ def test_fields_of_a_newer_peft_are_kept_and_written_back(folder: Path, llama: n
     newer = {"zeta_mode": {"x": [1, None]}, "peft_version": "9.9.9"}
     path.write_text(json.dumps(json.loads(path.read_text()) | newer))
     with pytest.warns(UserWarning, match=r"fields that this version does not know \('zeta_mode'\)"):
-        model = ia3.IA3Model.from_pretrained(llama, folder)
+        model = ia3.PeftModel.from_pretrained(llama, folder)
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_gathered_state_dict_is_what_is_saved(
-    families: dict[str, Any], adapted: Callable[..., ia3.IA3Model], name: str, tmp_path: Path
+    families: dict[str, Any], adapted: Callable[..., ia3.PeftModel], name: str, tmp_path: Path
 ) -> None:
     model = adapted(families[name])
     state = {key: value * 3 for key, value in model.state_dict().items()}
@@ -240,7 +240,7 @@ def test_a_gathered_state_dict_is_what_is_saved(
 
 
 def test_only_the_selected_adapters_are_saved(
-    families: dict[str, Any], adapted: Callable[..., ia3.IA3Model], tmp_path: Path
+    families: dict[str, Any], adapted: Callable[..., ia3.PeftModel], tmp_path: Path
 ) -> None:
     model = adapted(families["llama"])
     for name in ("french", "german"):
@@ -258,7 +258,7 @@ def test_names_in_a_file_are_mapped(folder: Path, llama: nn.Module) -> None:
 
     whole = load_file(folder / WEIGHTS)
     _rewrite(folder, rename)
-    model = ia3.IA3Model.from_pretrained(llama, folder, key_mapping={r"\.ffn\.": ".mlp."})
+    model = ia3.PeftModel.from_pretrained(llama, folder, key_mapping={r"\.ffn\.": ".mlp."})
     for key, tensor in ia3.get_peft_model_state_dict(model).items():
         assert torch.equal(tensor, whole[key])
 
@@ -266,7 +266,7 @@ def test_names_in_a_file_are_mapped(folder: Path, llama: nn.Module) -> None:
 def test_a_model_card_says_what_the_folder_holds_and_keeps_what_was_written(folder: Path, llama: nn.Module) -> None:
     card = folder / "README.md"
     assert card.read_text().startswith("---\nlibrary_name: peft\ntags:\n- ia3\n---\n")
-    model = ia3.IA3Model.from_pretrained(llama, folder)
+    model = ia3.PeftModel.from_pretrained(llama, folder)
     card.write_text("---\nlicense: mit\ntags:\n- mine\n---\nMy words\n")
     model.create_or_update_model_card(folder)
     text = card.read_text()
@@ -287,15 +287,15 @@ def test_an_adapter_of_another_model_is_refused(
     wider = families["llama"].build(intermediate_size=64)
     before = snapshot(wider)
     with pytest.raises(ia3.IA3Error, match=r"down_proj\.ia3_l.*\[1, 48\].*\[1, 64\]"):
-        ia3.IA3Model.from_pretrained(wider, folder)
+        ia3.PeftModel.from_pretrained(wider, folder)
     assert snapshot(wider) == before
 
 
 def test_loading_freezes_unless_it_is_to_be_trained(folder: Path, families: dict[str, Any]) -> None:
-    frozen = ia3.IA3Model.from_pretrained(families["llama"].build(), folder)
+    frozen = ia3.PeftModel.from_pretrained(families["llama"].build(), folder)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert not frozen.training
-    trained = ia3.IA3Model.from_pretrained(families["llama"].build(), folder, is_trainable=True)
+    trained = ia3.PeftModel.from_pretrained(families["llama"].build(), folder, is_trainable=True)
     assert frozen.peft_config["default"].inference_mode
     assert not trained.peft_config["default"].inference_mode
     assert {name for name, p in trained.named_parameters() if p.requires_grad} == {
@@ -308,11 +308,11 @@ def test_entries_that_matched_nothing_in_peft_do_not_stop_loading(folder: Path, 
     assert isinstance(config.target_modules, set)
     config.target_modules.add("w9")
     config.save_pretrained(folder)
-    assert ia3.IA3Model.from_pretrained(llama, folder)
+    assert ia3.PeftModel.from_pretrained(llama, folder)
 
 
 def test_saving_leaves_no_scratch_files_and_replaces_an_older_adapter(
-    folder: Path, families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]
+    folder: Path, families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     (folder / "notes.txt").write_text("kept")
     adapted(families["llama"], target_modules=["k_proj"], feedforward_modules=[]).save_pretrained(folder)
@@ -327,7 +327,7 @@ def test_saving_leaves_no_scratch_files_and_replaces_an_older_adapter(
 
 
 def test_what_cannot_be_saved_is_one_sentence(
-    tmp_path: Path, families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]
+    tmp_path: Path, families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     model = adapted(families["llama"])
     (tmp_path / "file").write_text("")

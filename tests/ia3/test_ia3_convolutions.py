@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ia3
-from ia3.layers import IA3Layer
 
 from .conftest import perturb
+from .helpers import scaled_layer
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "conv2d": lambda: nn.Conv2d(4, 6, 3),
@@ -35,19 +35,16 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 both_sides = pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])
 
 
-def _layer(kind: str, is_feedforward: bool, dtype: torch.dtype = torch.float32, adapters: int = 1) -> IA3Layer:
+def _layer(kind: str, is_feedforward: bool, dtype: torch.dtype = torch.float32, adapters: int = 1) -> Any:
     torch.manual_seed(0)
-    layer = IA3Layer(KINDS[kind]().to(dtype), is_feedforward)
-    names = [f"a{index}" for index in range(adapters)]
-    for name in names:
-        layer.add_vector(name, init_ones=False)
-    layer.set_adapter(names)
+    layer = scaled_layer(KINDS[kind]().to(dtype), is_feedforward, [f"a{index}" for index in range(adapters)])
+    layer.requires_grad_(True)
     with torch.no_grad():
         layer.ia3_l["a0"].view(-1)[1] = 0.0
     return layer
 
 
-def _input(layer: IA3Layer, layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def _input(layer: Any, layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
     spatial = layer.base_layer.weight.dim() - 2
     shape = (2, layer.in_features, *(6, 7, 5)[:spatial])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -60,7 +57,7 @@ def _input(layer: IA3Layer, layout: str, dtype: torch.dtype = torch.float32) -> 
     return x.requires_grad_()
 
 
-def _formula(layer: IA3Layer, x: Tensor) -> Tensor:
+def _formula(layer: Any, x: Tensor) -> Tensor:
     """In the dtype of ``x``: base(x ∘ l) or base(x) ∘ l."""
     scale = torch.ones((), dtype=x.dtype)
     for name in layer.active_adapters:
@@ -69,7 +66,7 @@ def _formula(layer: IA3Layer, x: Tensor) -> Tensor:
     return y
 
 
-def _run(function: Callable[[Tensor], Tensor], layer: IA3Layer, x: Tensor) -> list[Tensor]:
+def _run(function: Callable[[Tensor], Tensor], layer: Any, x: Tensor) -> list[Tensor]:
     """The output, and the gradients for x, the vectors and the base layer."""
     wanted = [x, *layer.parameters()]
     y = function(x)
@@ -113,7 +110,7 @@ def test_16_bits_are_as_exact_as_peft(kind: str, is_feedforward: bool, layout: s
         assert float((ours.double() - true).norm()) <= float(allowed)
 
 
-def _peft_twin(layer: IA3Layer) -> Callable[[Tensor], Tensor]:
+def _peft_twin(layer: Any) -> Callable[[Tensor], Tensor]:
     """PEFT's layer over the same parameters."""
     config = peft.IA3Config(target_modules=["0"], feedforward_modules=["0"] if layer.is_feedforward else [])
     model = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer.base_layer)), config, adapter_name="a0")

@@ -1,16 +1,19 @@
-"""IA3Layer: both sides, both kinds of base layer, several adapters, and bases with a mind of their own."""
+"""One layer: both sides, both kinds of base layer, several adapters, and bases with a mind of their own."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ia3.layers import IA3Layer
+from ia3 import IA3Error
+
+from .helpers import scaled_layer
 
 
 def _base(kind: str, bias: bool = True) -> nn.Module:
@@ -22,15 +25,11 @@ def _base(kind: str, bias: bool = True) -> nn.Module:
     return layer
 
 
-def _layer(kind: str, is_feedforward: bool, adapters: tuple[str, ...] = ("default",)) -> IA3Layer:
-    layer = IA3Layer(_base(kind).requires_grad_(False), is_feedforward)
-    for name in adapters:
-        layer.add_vector(name, init_ones=False)
-    layer.set_adapter(adapters)
-    return layer
+def _layer(kind: str, is_feedforward: bool, adapters: tuple[str, ...] = ("default",)) -> Any:
+    return scaled_layer(_base(kind).requires_grad_(False), is_feedforward, adapters)
 
 
-def _formula(layer: IA3Layer, x: Tensor) -> Tensor:
+def _formula(layer: Any, x: Tensor) -> Tensor:
     scale = torch.ones(())
     for name in layer.active_adapters:
         scale = scale * layer.ia3_l[name].flatten()
@@ -64,9 +63,7 @@ def test_a_base_with_hooks_or_of_another_class_runs_itself(is_feedforward: bool)
             return 2 * super().forward(input)
 
     x = torch.randn(3, 6)
-    layer = IA3Layer(Doubling(6, 4), is_feedforward)
-    layer.add_vector("default", init_ones=False)
-    layer.set_adapter(["default"])
+    layer = scaled_layer(Doubling(6, 4), is_feedforward)
     torch.testing.assert_close(layer(x), _formula(layer, x))
 
     hooked = _layer("linear", is_feedforward)
@@ -101,9 +98,7 @@ def test_it_shows_what_the_base_layer_shows() -> None:
 
 
 def test_vectors_are_fp32_over_any_base() -> None:
-    layer = IA3Layer(nn.Linear(6, 4).bfloat16(), False)
-    layer.add_vector("default")
-    layer.set_adapter(["default"])
+    layer = scaled_layer(nn.Linear(6, 4).bfloat16(), False, init_ones=True)
     assert layer.ia3_l["default"].dtype == torch.float32
     assert bool((layer.ia3_l["default"] == 1).all())
     assert layer(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -128,5 +123,5 @@ def test_copies_and_pickles_are_their_own() -> None:
 
 
 def test_layers_that_vectors_cannot_scale_are_refused() -> None:
-    with pytest.raises(TypeError, match="Embedding"):
-        IA3Layer(nn.Embedding(3, 2), False)
+    with pytest.raises(IA3Error, match="Embedding"):
+        scaled_layer(nn.Embedding(3, 2), False)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import ia3
-from ia3 import held
 from ia3.interrupts import held_back
+from ia3.merging import layer as held
 
 from .conftest import Family, perturb
 
@@ -146,7 +146,7 @@ def test_merged_weights_are_those_of_peft(kind: str, is_feedforward: bool, in_pl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("in_place", [False, True], ids=["merged", "unloaded"])
 def test_a_merged_model_computes_what_the_unmerged_one_does(
-    family: Family, dtype: torch.dtype, in_place: bool, adapted: Callable[..., ia3.IA3Model]
+    family: Family, dtype: torch.dtype, in_place: bool, adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     model, inputs = adapted(family, dtype), family.inputs()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_merged_model_computes_what_the_unmerged_one_does(
 
 
 def test_disabling_a_merged_model_gives_the_base_model_exactly(
-    family: Family, adapted: Callable[..., ia3.IA3Model]
+    family: Family, adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     inputs, model = family.inputs(), adapted(family)
     base = family.build().requires_grad_(False)(**inputs).logits
@@ -234,7 +234,7 @@ def test_merging_again_and_unmerging_nothing_are_told() -> None:
 
 
 def test_activating_another_adapter_unmerges_first(
-    families: dict[str, Family], adapted: Callable[..., ia3.IA3Model]
+    families: dict[str, Family], adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     family = families["llama"]
     model, inputs = adapted(family), family.inputs()
@@ -253,7 +253,7 @@ def test_activating_another_adapter_unmerges_first(
 
 
 def test_a_merged_model_is_saved_copied_moved_and_loaded_into(
-    families: dict[str, Family], adapted: Callable[..., ia3.IA3Model], tmp_path: Path
+    families: dict[str, Family], adapted: Callable[..., ia3.PeftModel], tmp_path: Path
 ) -> None:
     family = families["gpt2"]
     model, inputs = adapted(family), family.inputs()
@@ -280,7 +280,7 @@ def test_a_merged_model_is_saved_copied_moved_and_loaded_into(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_folding_and_unfolding_with_vectors_that_change_leaves_every_bit(
-    dtype: torch.dtype, families: dict[str, Family], adapted: Callable[..., ia3.IA3Model]
+    dtype: torch.dtype, families: dict[str, Family], adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     model = adapted(families["gpt2"], dtype)
     vectors = [parameter for name, parameter in model.named_parameters() if "ia3_l" in name]
@@ -313,7 +313,7 @@ def test_swapping_gives_the_bits_of_unmerging_and_merging(kind: str, is_feedforw
 
 
 def test_swapping_reaches_the_layers_of_both_adapters_and_the_heads(
-    families: dict[str, Family], adapted: Callable[..., ia3.IA3Model]
+    families: dict[str, Family], adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     family = families["bert"]
     model, inputs = adapted(family), family.inputs()
@@ -409,7 +409,7 @@ def test_merging_inexactly_keeps_nothing_and_says_so() -> None:
 
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
 def test_merged_under_one_mode_and_unmerged_under_another(
-    grad_mode: Any, families: dict[str, Family], adapted: Callable[..., ia3.IA3Model]
+    grad_mode: Any, families: dict[str, Family], adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     model = adapted(families["llama"])
     model.add_adapter("other", ia3.IA3Config())
@@ -514,7 +514,7 @@ def test_weights_that_are_not_there_are_refused() -> None:
 
 
 def test_merged_embeddings_are_not_saved(
-    families: dict[str, Family], adapted: Callable[..., ia3.IA3Model], tmp_path: Path
+    families: dict[str, Family], adapted: Callable[..., ia3.PeftModel], tmp_path: Path
 ) -> None:
     model = adapted(families["llama"], target_modules=["lm_head"], feedforward_modules=[])
     model.merge_adapter()
@@ -645,7 +645,7 @@ def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return armed
 
 
-OPERATIONS: dict[str, Callable[[ia3.IA3Model], Any]] = {
+OPERATIONS: dict[str, Callable[[ia3.PeftModel], Any]] = {
     "merge": lambda model: model.merge_adapter(["default", "other"]),
     "merge safely": lambda model: model.merge_adapter(["default", "other"], safe_merge=True),
     "merge inexactly": lambda model: model.merge_adapter(["default", "other"], exact=False),
@@ -656,7 +656,7 @@ OPERATIONS: dict[str, Callable[[ia3.IA3Model], Any]] = {
 }
 
 
-def _two_adapters(family: Family, adapted: Callable[..., ia3.IA3Model]) -> ia3.IA3Model:
+def _two_adapters(family: Family, adapted: Callable[..., ia3.PeftModel]) -> ia3.PeftModel:
     everything: dict[str, Any] = {"target_modules": "all-linear", "feedforward_modules": ["dense_4h_to_h"]}
     model = adapted(family, **everything)
     model.add_adapter("other", ia3.IA3Config(**everything))
@@ -673,7 +673,7 @@ def test_a_failure_half_way_leaves_nothing_behind(
     error: type[BaseException],
     failing: list[int],
     families: dict[str, Family],
-    adapted: Callable[..., ia3.IA3Model],
+    adapted: Callable[..., ia3.PeftModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not is_merged_before and operation in ("unmerge", "swap", "disable"):
@@ -743,7 +743,7 @@ def test_a_weight_that_is_not_what_the_layer_computes_with_is_refused(
 # --- ties ---------------------------------------------------------------------------------------------------------
 
 
-def _tied(family: Family) -> tuple[ia3.IA3Model, Any]:
+def _tied(family: Family) -> tuple[ia3.PeftModel, Any]:
     config = ia3.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
     model = ia3.get_peft_model(family.build(tie_word_embeddings=True), config)
     model.add_adapter("other", config)

@@ -24,13 +24,13 @@ def _patched(model: nn.Module) -> list[nn.Module]:
     return [block for block in model.modules() if patch_of(block) is not None]
 
 
-def test_every_family_runs_fused(family: Any, adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_every_family_runs_fused(family: Any, adapted: Callable[..., ia3.PeftModel]) -> None:
     blocks = _patched(adapted(family))
     layers = 4 if family.name.startswith("t5") else 2
     assert len(blocks) == (0 if family.name in UNFUSED else layers)
 
 
-def test_every_row_is_exercised(adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]) -> None:
+def test_every_row_is_exercised(adapted: Callable[..., ia3.PeftModel], families: dict[str, Any]) -> None:
     used = {block_row.family for f in families.values() for b in _patched(adapted(f)) if (block_row := patch_of(b))}
     assert used == {row.family for row in ROWS} - {"GPT-J"}  # GPT-J is GPT-2 under other names
 
@@ -44,7 +44,7 @@ def test_gptj_runs_fused() -> None:
 
 
 def test_dropout_falls_between_the_activation_and_the_projection(
-    adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]
+    adapted: Callable[..., ia3.PeftModel], families: dict[str, Any]
 ) -> None:
     for name in ("t5", "t5_gated", "gpt2", "bert"):
         model = adapted(families[name]).train()
@@ -56,7 +56,7 @@ def test_dropout_falls_between_the_activation_and_the_projection(
         torch.testing.assert_close(fused, model(**inputs).logits)
 
 
-def test_t5_keeps_its_cast(adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]) -> None:
+def test_t5_keeps_its_cast(adapted: Callable[..., ia3.PeftModel], families: dict[str, Any]) -> None:
     model = adapted(families["t5_gated"], torch.bfloat16)
     for block in _patched(model):
         block.wo.base_layer.float()
@@ -68,7 +68,7 @@ def test_t5_keeps_its_cast(adapted: Callable[..., ia3.IA3Model], families: dict[
     torch.testing.assert_close(y, block(x), rtol=2e-2, atol=2e-2)
 
 
-def _in_bert(model: ia3.IA3Model) -> nn.Module:
+def _in_bert(model: ia3.PeftModel) -> nn.Module:
     return model.get_base_model().bert.encoder.layer[0]
 
 
@@ -88,7 +88,7 @@ def _in_bert(model: ia3.IA3Model) -> nn.Module:
     ],
 )
 def test_no_hook_is_skipped(
-    adapted: Callable[..., ia3.IA3Model], families: dict[str, Any], name: str, child: str
+    adapted: Callable[..., ia3.PeftModel], families: dict[str, Any], name: str, child: str
 ) -> None:
     model = adapted(families[name])
     expected = model(**families[name].inputs()).logits
@@ -99,7 +99,7 @@ def test_no_hook_is_skipped(
     assert len(calls) == 2
 
 
-def test_a_global_hook_sees_every_module(adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]) -> None:
+def test_a_global_hook_sees_every_module(adapted: Callable[..., ia3.PeftModel], families: dict[str, Any]) -> None:
     model = adapted(families["llama"])
     seen: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
@@ -164,7 +164,7 @@ def test_activation_functions_and_torch_modules_are_known() -> None:
 
 
 def test_patches_survive_copies_and_are_taken_back(
-    adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]
+    adapted: Callable[..., ia3.PeftModel], families: dict[str, Any]
 ) -> None:
     for name in ("llama", "bert"):
         model = adapted(families[name])
@@ -225,7 +225,7 @@ def _nodes(y: Tensor, until: Tensor) -> set[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_computes_what_its_layers_do(
-    adapted: Callable[..., ia3.IA3Model], families: dict[str, Any], layout: str, dtype: torch.dtype
+    adapted: Callable[..., ia3.PeftModel], families: dict[str, Any], layout: str, dtype: torch.dtype
 ) -> None:
     targets, feedforward, nodes = LAYOUTS[layout]
     config = {"target_modules": targets, "feedforward_modules": feedforward}
@@ -250,7 +250,7 @@ def test_a_block_computes_what_its_layers_do(
 
 @needs_native
 def test_a_trained_weight_or_a_hook_takes_the_block_apart(
-    adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]
+    adapted: Callable[..., ia3.PeftModel], families: dict[str, Any]
 ) -> None:
     model = adapted(families["llama"])
     block = model.base_model.model.model.layers[0].mlp
@@ -271,7 +271,7 @@ def test_a_trained_weight_or_a_hook_takes_the_block_apart(
 
 
 @needs_native
-def test_a_plain_block_is_one_node(adapted: Callable[..., ia3.IA3Model], families: dict[str, Any]) -> None:
+def test_a_plain_block_is_one_node(adapted: Callable[..., ia3.PeftModel], families: dict[str, Any]) -> None:
     for name, path in (
         ("phi", "model.layers.0.mlp"),
         ("gpt2", "transformer.h.0.mlp"),

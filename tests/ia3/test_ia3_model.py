@@ -1,4 +1,4 @@
-"""IA3Model in use: training, compiling, checkpointing, merging, and giving the base model back."""
+"""A model with adapters in use: training, compiling, checkpointing, merging, and giving the base model back."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft.tuners.ia3 import IA3Model as IA3Tuner
+from peft.tuners.ia3.layer import Linear
 from torch import Tensor, nn
 
 import ia3
-from ia3 import tuner
+from ia3 import mlp
 from ia3.layers import effective_scale
-from ia3.matching import plan_adapter
 from ia3.mlp import unfuse
 
 
@@ -55,7 +56,7 @@ def test_attributes_and_generate_are_those_of_the_base_model(llama: nn.Module, b
         model.no_such_thing  # noqa: B018
 
 
-def test_disabled_it_is_the_base_model(family: Any, adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_disabled_it_is_the_base_model(family: Any, adapted: Callable[..., ia3.PeftModel]) -> None:
     model, inputs = adapted(family), family.inputs()
     # Frozen: torch multiplies some shapes in another order where weights require gradients.
     expected = family.build().requires_grad_(False)(**inputs).logits
@@ -83,12 +84,12 @@ def test_a_failure_in_the_middle_changes_nothing(
         return call
 
     if stage == "replacing":
-        monkeypatch.setattr(tuner, "_replace", failing(tuner._replace))
+        monkeypatch.setattr(IA3Tuner, "_replace_module", failing(IA3Tuner._replace_module))
     elif stage == "vectors":
-        monkeypatch.setattr(ia3.layers.IA3Layer, "add_vector", failing(ia3.layers.IA3Layer.add_vector))
+        monkeypatch.setattr(Linear, "update_layer", failing(Linear.update_layer))
     else:
         calls = 2
-        monkeypatch.setattr(tuner, "fuse", failing(tuner.fuse))
+        monkeypatch.setattr(mlp, "fuse", failing(mlp.fuse))
     family = families["bert"]
     model = family.build()
     before, expected = snapshot(model), model(**family.inputs()).logits
@@ -99,23 +100,23 @@ def test_a_failure_in_the_middle_changes_nothing(
 
 
 def test_a_second_adapter_multiplies_and_a_failed_one_leaves_the_first(
-    families: dict[str, Any], adapted: Callable[..., ia3.IA3Model], monkeypatch: pytest.MonkeyPatch
+    families: dict[str, Any], adapted: Callable[..., ia3.PeftModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = families["llama"]
     model, inputs = adapted(family), family.inputs()
     model.base_model.set_adapter(["default"], inference_mode=True)
     facts = [(name, p.requires_grad) for name, p in model.named_parameters()]
     first = model(**inputs).logits
-    plan = plan_adapter(model.get_base_model(), ia3.IA3Config(target_modules=["q_proj", "down_proj"]))
+    config = ia3.IA3Config(target_modules=["q_proj", "down_proj"])
     with monkeypatch.context() as patch:
-        patch.setattr(tuner, "fuse", _raise_once(tuner.fuse))
+        patch.setattr(mlp, "fuse", _raise_once(mlp.fuse))
         with pytest.raises(MemoryError):
-            model.base_model.inject(plan, "second")
+            model.add_adapter("second", config)
     assert [(name, p.requires_grad) for name, p in model.named_parameters()] == facts
     assert torch.equal(model(**inputs).logits, first)
     assert list(model.peft_config) == ["default"]
 
-    model.base_model.inject(plan, "second")
+    model.add_adapter("second", config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("ia3_l.second"):
@@ -130,7 +131,7 @@ def test_a_second_adapter_multiplies_and_a_failed_one_leaves_the_first(
     unfuse(model)
     torch.testing.assert_close(model(**inputs).logits, both)
     with pytest.raises(ia3.IA3Error, match="already has an adapter 'second'"):
-        model.base_model.inject(plan, "second")
+        model.add_adapter("second", config)
     with pytest.raises(ia3.IA3Error, match="no adapter 'third'"):
         model.base_model.set_adapter(["third"])
 
@@ -163,7 +164,7 @@ def test_wrong_arguments_are_one_sentence(llama: nn.Module) -> None:
             ia3.get_peft_model(again, ia3.IA3Config())
 
 
-def test_merging_keeps_the_results(family: Any, adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_merging_keeps_the_results(family: Any, adapted: Callable[..., ia3.PeftModel]) -> None:
     model, inputs = adapted(family), family.inputs()
     expected = model(**inputs).logits
     names = [name for name, _ in family.build().named_modules()]
@@ -175,7 +176,7 @@ def test_merging_keeps_the_results(family: Any, adapted: Callable[..., ia3.IA3Mo
     torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_merging_leaves_tied_weights_alone(families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_merging_leaves_tied_weights_alone(families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]) -> None:
     family = families["llama"]
     model = adapted(family, target_modules=["lm_head"], feedforward_modules=[])
     base = model.get_base_model()
@@ -188,7 +189,7 @@ def test_merging_leaves_tied_weights_alone(families: dict[str, Any], adapted: Ca
 
 
 def test_merging_what_cannot_be_merged_changes_nothing(
-    families: dict[str, Any], adapted: Callable[..., ia3.IA3Model], snapshot: Callable[[nn.Module], Any]
+    families: dict[str, Any], adapted: Callable[..., ia3.PeftModel], snapshot: Callable[[nn.Module], Any]
 ) -> None:
     model = adapted(families["llama"])
     nn.utils.parametrizations.weight_norm(model.get_base_model().model.layers[1].mlp.down_proj.base_layer)
@@ -198,7 +199,7 @@ def test_merging_what_cannot_be_merged_changes_nothing(
     assert snapshot(model) == before
 
 
-def test_unloading_gives_the_base_model_back(family: Any, adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_unloading_gives_the_base_model_back(family: Any, adapted: Callable[..., ia3.PeftModel]) -> None:
     base = family.build().requires_grad_(False)
     bare = adapted(family).unload()
     assert [(name, type(module)) for name, module in bare.named_modules()] == [
@@ -207,7 +208,7 @@ def test_unloading_gives_the_base_model_back(family: Any, adapted: Callable[...,
     assert torch.equal(bare(**family.inputs()).logits, base(**family.inputs()).logits)
 
 
-def test_the_state_dict_goes_round(families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_the_state_dict_goes_round(families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]) -> None:
     family = families["t5_gated"]
     model = adapted(family)
     fresh = ia3.get_peft_model(family.build(seed=9), ia3.IA3Config(task_type=family.task)).eval()
@@ -215,7 +216,7 @@ def test_the_state_dict_goes_round(families: dict[str, Any], adapted: Callable[.
     assert torch.equal(fresh(**family.inputs()).logits, model(**family.inputs()).logits)
 
 
-def test_copies_and_pickles_work(families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_copies_and_pickles_work(families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]) -> None:
     family = families["bert"]
     model = adapted(family)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -226,7 +227,7 @@ def test_copies_and_pickles_work(families: dict[str, Any], adapted: Callable[...
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "t5_gated", "bert"])
 def test_it_compiles_without_a_graph_break(
-    families: dict[str, Any], adapted: Callable[..., ia3.IA3Model], name: str
+    families: dict[str, Any], adapted: Callable[..., ia3.PeftModel], name: str
 ) -> None:
     family = families[name]
     model, inputs = adapted(family), family.inputs()
@@ -250,7 +251,7 @@ def test_it_compiles_without_a_graph_break(
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_gradient_checkpointing_gives_the_same_gradients(
-    families: dict[str, Any], adapted: Callable[..., ia3.IA3Model], name: str, use_reentrant: bool
+    families: dict[str, Any], adapted: Callable[..., ia3.PeftModel], name: str, use_reentrant: bool
 ) -> None:
     family = families[name]
     gradients = []
@@ -282,7 +283,7 @@ def test_trainer_trains_and_evaluates(families: dict[str, Any], tmp_path: Path, 
         assert torch.equal(parameter, before[name]) != ("ia3_l" in name), name
 
 
-def test_autocast_and_no_grad(families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_autocast_and_no_grad(families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]) -> None:
     family = families["llama"]
     model = adapted(family)
     expected = model(**family.inputs()).logits

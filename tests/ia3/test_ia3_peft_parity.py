@@ -20,7 +20,7 @@ import ia3
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def _twin(model: ia3.IA3Model, family: Any, dtype: torch.dtype) -> nn.Module:
+def _twin(model: ia3.PeftModel, family: Any, dtype: torch.dtype) -> nn.Module:
     """The same model and vectors under PEFT."""
     config = peft.IA3Config(task_type=family.task, **family.targets)
     twin = peft.get_peft_model(family.build().to(dtype), config).eval()
@@ -41,7 +41,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def test_names_shapes_dtypes_and_trainability_are_those_of_peft(
-    any_family: Any, adapted: Callable[..., ia3.IA3Model]
+    any_family: Any, adapted: Callable[..., ia3.PeftModel]
 ) -> None:
     family = any_family
     ours = adapted(family, torch.bfloat16)
@@ -56,7 +56,7 @@ def test_names_shapes_dtypes_and_trainability_are_those_of_peft(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_results_and_gradients_are_as_exact_as_those_of_peft(
-    any_family: Any, adapted: Callable[..., ia3.IA3Model], dtype: torch.dtype
+    any_family: Any, adapted: Callable[..., ia3.PeftModel], dtype: torch.dtype
 ) -> None:
     family = any_family
     ours = adapted(family, dtype)
@@ -73,7 +73,7 @@ def test_results_and_gradients_are_as_exact_as_those_of_peft(
         assert _distance(gradients[name], true) <= allowed, name
 
 
-def test_files_go_both_ways(family: Any, adapted: Callable[..., ia3.IA3Model], tmp_path: Path) -> None:
+def test_files_go_both_ways(family: Any, adapted: Callable[..., ia3.PeftModel], tmp_path: Path) -> None:
     ours = adapted(family)
     ours.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(family.build(), str(tmp_path / "ours")).eval()

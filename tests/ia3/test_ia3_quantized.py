@@ -198,7 +198,7 @@ def folder(families: dict[str, Any], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def adapted(folder: Path, kind: str) -> ia3.IA3Model:
+def adapted(folder: Path, kind: str) -> ia3.PeftModel:
     """It, quantized, with vectors far from ones."""
     model = ia3.get_peft_model(loaded(folder, kind), ia3.IA3Config(task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(4)
@@ -216,7 +216,9 @@ def _run(model: Any, vectors: dict[str, Tensor], batch: dict[str, Tensor]) -> tu
     return result.logits.detach().double(), flat
 
 
-def test_a_model_is_as_exact_as_the_formula_in_fp32(adapted: ia3.IA3Model, kind: str, batch: dict[str, Tensor]) -> None:
+def test_a_model_is_as_exact_as_the_formula_in_fp32(
+    adapted: ia3.PeftModel, kind: str, batch: dict[str, Tensor]
+) -> None:
     eager, eager_vectors = eager_model(adapted)
     logits, gradients = _run(
         adapted, {path: layer.ia3_l["default"] for path, layer in adapted.base_model.layers()}, batch
@@ -232,7 +234,7 @@ def test_a_model_is_as_exact_as_the_formula_in_fp32(adapted: ia3.IA3Model, kind:
     assert theirs < 0.2 * torch.cat(list(true_gradients.values())).norm()  # else it would say little
 
 
-def test_feed_forward_blocks_run_fused(adapted: ia3.IA3Model, kind: str) -> None:
+def test_feed_forward_blocks_run_fused(adapted: ia3.PeftModel, kind: str) -> None:
     rows = ia3.report(adapted).rows
     down = [row for row in rows if row.module.endswith("down_proj")]
     assert len(down) == 2
@@ -241,7 +243,7 @@ def test_feed_forward_blocks_run_fused(adapted: ia3.IA3Model, kind: str) -> None
     assert all(row.runs.startswith("scaled_activation") and "computes its own product" in row.reason for row in others)
 
 
-def test_a_quantized_model_learns(adapted: ia3.IA3Model, batch: dict[str, Tensor]) -> None:
+def test_a_quantized_model_learns(adapted: ia3.PeftModel, batch: dict[str, Tensor]) -> None:
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     before = {name: value.clone() for name, value in adapted.state_dict().items() if "ia3_l" not in name}
     optimizer = torch.optim.AdamW(trained, lr=0.05)
@@ -259,16 +261,16 @@ def test_a_quantized_model_learns(adapted: ia3.IA3Model, batch: dict[str, Tensor
 
 
 def test_adapters_go_in_files_and_come_back(
-    adapted: ia3.IA3Model, folder: Path, kind: str, batch: dict[str, Tensor], tmp_path: Path
+    adapted: ia3.PeftModel, folder: Path, kind: str, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
     adapted.eval().save_pretrained(tmp_path / "adapter")
-    again = ia3.IA3Model.from_pretrained(loaded(folder, kind), tmp_path / "adapter")
+    again = ia3.PeftModel.from_pretrained(loaded(folder, kind), tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, adapted(**batch).logits)
 
 
 def test_disabled_and_unloaded_models_are_the_base_model(
-    adapted: ia3.IA3Model, folder: Path, kind: str, batch: dict[str, Tensor]
+    adapted: ia3.PeftModel, folder: Path, kind: str, batch: dict[str, Tensor]
 ) -> None:
     adapted.eval()
     with torch.no_grad():
@@ -416,7 +418,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_gguf_kernel", SimpleNamespace(mul_mat_vec=mul_mat_vec))
 
 
-def _all_gradients(model: ia3.IA3Model, ids: Tensor) -> Tensor:
+def _all_gradients(model: ia3.PeftModel, ids: Tensor) -> Tensor:
     model.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

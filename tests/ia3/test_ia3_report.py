@@ -12,7 +12,7 @@ import ia3
 import ia3_kernels
 
 
-def test_every_layer_has_a_row(family: Any, adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_every_layer_has_a_row(family: Any, adapted: Callable[..., ia3.PeftModel]) -> None:
     model = adapted(family)
     report = ia3.report(model)
     layers = [name for name, module in model.get_base_model().named_modules() if type(module).__name__ == "IA3Layer"]
@@ -20,7 +20,7 @@ def test_every_layer_has_a_row(family: Any, adapted: Callable[..., ia3.IA3Model]
     assert ia3.report(model.get_base_model()).rows == report.rows
 
 
-def test_rows_name_operator_backend_and_reason(families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_rows_name_operator_backend_and_reason(families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]) -> None:
     rows = {row.module: row for row in ia3.report(adapted(families["llama"], torch.bfloat16)).rows}
     key, down = rows["model.layers.0.self_attn.k_proj"], rows["model.layers.0.mlp.down_proj"]
     choice = ia3_kernels.explain("gated_activation", "cpu", torch.bfloat16)
@@ -34,7 +34,7 @@ def test_rows_name_operator_backend_and_reason(families: dict[str, Any], adapted
     assert "no row of the table" in open_block.reason
 
 
-def test_the_report_is_of_this_moment(families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_the_report_is_of_this_moment(families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]) -> None:
     model = adapted(families["llama"])
     block = model.get_base_model().model.layers[0].mlp
     handle = block.act_fn.register_forward_hook(lambda *_: None)
@@ -51,7 +51,7 @@ def test_the_report_is_of_this_moment(families: dict[str, Any], adapted: Callabl
         assert {row.reason for row in ia3.report(model).rows} == {"the adapter is disabled"}
 
 
-def test_the_text_is_a_table_that_folds_layers(families: dict[str, Any], adapted: Callable[..., ia3.IA3Model]) -> None:
+def test_the_text_is_a_table_that_folds_layers(families: dict[str, Any], adapted: Callable[..., ia3.PeftModel]) -> None:
     lines = str(ia3.report(adapted(families["llama"]))).splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["layers", "module"],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ia3
 from ia3 import IA3Error
-from ia3.mixed import BASE_NAME
+from ia3.serving.mixed import BASE_NAME
 
 from .test_compile import Counter
 
@@ -24,7 +24,7 @@ OWN = ("first", "second", "third")
 MIX = ["second", BASE_NAME, "first", "second"]
 
 
-def adapted(family: Any, names: Sequence[str] = OWN, **changes: Any) -> ia3.IA3Model:
+def adapted(family: Any, names: Sequence[str] = OWN, **changes: Any) -> ia3.PeftModel:
     """A model with adapters whose vectors differ."""
     config = ia3.IA3Config(task_type=family.task, init_ia3_weights=False, **family.targets)
     torch.manual_seed(4)
@@ -34,7 +34,7 @@ def adapted(family: Any, names: Sequence[str] = OWN, **changes: Any) -> ia3.IA3M
     return model.eval()
 
 
-def banked(model: ia3.IA3Model, capacity: int = 8) -> ia3.AdapterBank:
+def banked(model: ia3.PeftModel, capacity: int = 8) -> ia3.AdapterBank:
     """A bank with the model's own adapters, by names of its own."""
     bank = ia3.AdapterBank(model, capacity)
     for name in model.peft_config:
@@ -46,7 +46,7 @@ def in_bank(names: Sequence[str]) -> list[str]:
     return [name if name == BASE_NAME else f"bank/{name}" for name in names]
 
 
-def alone(model: ia3.IA3Model, name: str, call: Callable[..., Any], **inputs: Any) -> Any:
+def alone(model: ia3.PeftModel, name: str, call: Callable[..., Any], **inputs: Any) -> Any:
     """What a call gives with one adapter active, or with none."""
     if name == BASE_NAME:
         with model.disable_adapter():
@@ -61,10 +61,10 @@ def assert_close(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.fixture(params=["own", "bank"])
-def named(request: pytest.FixtureRequest) -> Callable[[ia3.IA3Model, Sequence[str]], list[str]]:
+def named(request: pytest.FixtureRequest) -> Callable[[ia3.PeftModel, Sequence[str]], list[str]]:
     """The adapters of a mix as the model's own, or out of a bank."""
 
-    def names(model: ia3.IA3Model, mix: Sequence[str]) -> list[str]:
+    def names(model: ia3.PeftModel, mix: Sequence[str]) -> list[str]:
         if request.param == "own":
             return list(mix)
         if model.base_model.bank is None:
@@ -381,19 +381,19 @@ def test_a_graph_runs_each_threads_own_mix(families: dict[str, Any]) -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def _merge(model: ia3.IA3Model) -> None:
+def _merge(model: ia3.PeftModel) -> None:
     model.merge_adapter()
 
 
-def _disable(model: ia3.IA3Model) -> None:
+def _disable(model: ia3.PeftModel) -> None:
     model.base_model.disable_adapter_layers()
 
 
-def _several(model: ia3.IA3Model) -> None:
+def _several(model: ia3.PeftModel) -> None:
     model.set_adapter(["first", "second"])
 
 
-def _checkpoint(model: ia3.IA3Model) -> None:
+def _checkpoint(model: ia3.PeftModel) -> None:
     model.train()
     model.get_base_model().gradient_checkpointing_enable()
 
@@ -432,7 +432,7 @@ def test_wrong_names_are_a_sentence(
     ],
 )
 def test_states_that_rows_cannot_choose_in_are_a_sentence(
-    families: dict[str, Any], change: Callable[[ia3.IA3Model], None], said: str
+    families: dict[str, Any], change: Callable[[ia3.PeftModel], None], said: str
 ) -> None:
     model = adapted(families["llama"])
     change(model)

@@ -65,4 +65,4 @@ def test_wrong_names_are_a_sentence_and_no_names_the_base_models_own(families: d
         PROMPTS, generation_config=generation, continuous_batching_config=config(), adapter_names=["second"] * 6
     )
     assert [r.generated_tokens for r in plain.values()] == [r.generated_tokens for r in named.values()]
-    assert isinstance(model, ia3.IA3Model)
+    assert isinstance(model, ia3.PeftModel)

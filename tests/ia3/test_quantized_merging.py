@@ -16,7 +16,6 @@ import transformers
 from torch import Tensor, nn
 
 import ia3
-from ia3 import quantized_merging, quantized_scales
 from ia3.mlp import UpProjection, up_projections
 
 from .conftest import perturb
@@ -92,7 +91,7 @@ def base(request: pytest.FixtureRequest) -> Any:
     return LAYERS[request.param]()
 
 
-def _adapted(base: nn.Module, is_feedforward: bool = False, adapters: int = 1) -> ia3.IA3Model:
+def _adapted(base: nn.Module, is_feedforward: bool = False, adapters: int = 1) -> ia3.PeftModel:
     """A model of one layer, whose vectors have negative entries and a zero."""
     config = ia3.IA3Config(target_modules=["0"], feedforward_modules=["0"] if is_feedforward else [])
     model = ia3.get_peft_model(nn.Sequential(base), config)
@@ -108,7 +107,7 @@ def _adapted(base: nn.Module, is_feedforward: bool = False, adapters: int = 1) -
     return model
 
 
-def _vector(model: ia3.IA3Model, adapter: str = "default") -> Tensor:
+def _vector(model: ia3.PeftModel, adapter: str = "default") -> Tensor:
     return model.base_model.layers()[0][1].ia3_l[adapter].detach().double().reshape(-1)
 
 
@@ -561,7 +560,7 @@ def folder(families: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
-def _adapted_model(base: Any, **arguments: Any) -> ia3.IA3Model:
+def _adapted_model(base: Any, **arguments: Any) -> ia3.PeftModel:
     model = ia3.get_peft_model(base, ia3.IA3Config(task_type="CAUSAL_LM", **arguments))
     perturb(model)
     return model.train()  # an evaluation lays 4-bit weights out anew

@@ -37,7 +37,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def save_pair(
     where: Path, family: Family, dtype: torch.dtype = torch.float32, shard: str = "5GB", **config: Any
-) -> tuple[Path, Path, ia3.IA3Model]:
+) -> tuple[Path, Path, ia3.PeftModel]:
     """Folders of a base and of an adapter on it, and the model with the adapter."""
     base = family.build().to(dtype)
     base.save_pretrained(where / "base", max_shard_size=shard)
@@ -98,7 +98,7 @@ def test_the_result_is_the_merged_model(
     loaded, info = kind.from_pretrained(out, dtype=dtype, output_loading_info=True)
     assert not any(info.values()), info
     # Loaded as well: what is cast to bf16 as a whole has its rotary frequencies in bf16, too.
-    merged = ia3.IA3Model.from_pretrained(kind.from_pretrained(base, dtype=dtype), str(adapter)).merge_and_unload()
+    merged = ia3.PeftModel.from_pretrained(kind.from_pretrained(base, dtype=dtype), str(adapter)).merge_and_unload()
     assert torch.equal(logits(loaded.eval(), family), logits(merged.eval(), family))
     expected = merged.state_dict()
     for name, value in loaded.state_dict().items():
@@ -206,7 +206,7 @@ def test_tied_weights_are_refused(target: str, tmp_path: Path, capsys: pytest.Ca
 # --- orientation -------------------------------------------------------------------------------------------------
 
 
-def _square_gpt2(where: Path, targets: list[str]) -> tuple[Path, Path, ia3.IA3Model]:
+def _square_gpt2(where: Path, targets: list[str]) -> tuple[Path, Path, ia3.PeftModel]:
     return save_pair(where, BY_NAME["gpt2"], target_modules=targets, feedforward_modules=["mlp.c_proj"])
 
 

@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
         for row in torch.randint(3, 64, (16, 10), generator=torch.Generator().manual_seed(7)).tolist()
     ]
 
-    def run(model: ia3.IA3Model, name: str, resume: str | None = None, **arguments: Any) -> transformers.Trainer:
+    def run(model: ia3.PeftModel, name: str, resume: str | None = None, **arguments: Any) -> transformers.Trainer:
         settings = transformers.TrainingArguments(
             output_dir=str(folder / name),
             use_cpu=True,

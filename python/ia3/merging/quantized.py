@@ -1,4 +1,4 @@
-"""Vectors in the scales of quantized weights, and out again: where each vector goes, and what its place held before.
+"""Vectors in the scales of quantized weights, and out again: where each vector goes, and what its place kept before.
 
 A vector on the output side goes into the scales of its own layer. One on the input side of a gated feed-forward block's
 down projection goes into the scales of the up projection, since ``(act(g) ∘ u) ∘ l = act(g) ∘ (l ∘ u)``. Both may be
@@ -14,23 +14,22 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import IA3Error
-from .quantized_scales import Format, State, format_of, is_bare
+from ..errors import IA3Error
+from ..mlp import UpProjection
+from ..patching import runs_class_forward
+from .formats import Format, State, format_of
 
-if TYPE_CHECKING:  # layers import this module, and blocks are made of layers
-    from .mlp import UpProjection
-
-# Where a quantized layer keeps what it held before; on the layer, so that it is copied and pickled with it.
+# Where a quantized layer keeps what it kept before; on the layer, so that it is copied and pickled with it.
 _ATTRIBUTE = "_ia3_scales"
 
 
 @dataclass(frozen=True)
-class Route:
+class Placement:
     """Where the vector of an adapted layer goes.
 
     owner: the name of that layer.
@@ -52,7 +51,7 @@ class Route:
 class _Scales:
     """What merging changed in one quantized layer.
 
-    saved, bias: what it held before.
+    saved, bias: what it kept before.
     factors: by the names of the layers whose vectors it holds.
     written: what its scales look like since (see :func:`_fingerprint`).
     error: of the weight quantized anew, relative to the exact one.
@@ -60,12 +59,12 @@ class _Scales:
 
     saved: State = field(default_factory=dict)
     bias: Tensor | None = None
-    factors: dict[str, tuple[Route, Tensor]] = field(default_factory=dict)
+    factors: dict[str, tuple[Placement, Tensor]] = field(default_factory=dict)
     written: tuple[int, int] = (0, 0)
     error: float | None = None
 
 
-def find_route(path: str, layer: Any, up: UpProjection | str | None, requantize: bool) -> Route:
+def find_placement(path: str, layer: Any, up: UpProjection | str | None, requantize: bool) -> Placement:
     """Where the vectors of ``layer`` go, whose base is quantized.
 
     up: for a feed-forward layer the up projection that feeds it, or why there is none.
@@ -75,36 +74,36 @@ def find_route(path: str, layer: Any, up: UpProjection | str | None, requantize:
     """
     base: nn.Module = layer.base_layer
     kind = type(base).__name__ if type(base) is not nn.Linear else type(base.weight).__name__
-    if not is_bare(base):
+    if not runs_class_forward(base):
         raise IA3Error(
             f"cannot merge into {path!r}, a {kind} which has hooks, or a forward of its own; run the model unmerged, "
             "or remove them."
         )
-    own = Route(path, path, base, layer.is_feedforward)
-    route: Route | str
+    own = Placement(path, path, base, layer.is_feedforward)
+    placement: Placement | str
     if not layer.is_feedforward:
-        route = _obstacle(base) or own
+        placement = _obstacle(base) or own
     elif up is None or isinstance(up, str):
-        route = f"on the input side of which no scales lie: {up or 'it is in no feed-forward block that ia3 knows'}"
+        placement = f"on the input side of which no scales lie: {up or 'it is in no feed-forward block that ia3 knows'}"
     else:
         target: nn.Module = getattr(up.module, "base_layer", up.module)
         reason = _obstacle(target)
-        route = Route(path, up.path, target, start=up.start)
+        placement = Placement(path, up.path, target, start=up.start)
         if reason is not None:
-            route = f"whose input vector would have to go into {up.path!r}, {reason}"
-    if isinstance(route, Route):
-        return route
+            placement = f"whose input vector would have to go into {up.path!r}, {reason}"
+    if isinstance(placement, Placement):
+        return placement
     anew: Any = format_of(base)
     cannot = anew.requantize_obstacle(base)
     if cannot is not None:
-        why = route if cannot == route else f"{route}, {cannot}"
+        why = placement if cannot == placement else f"{placement}, {cannot}"
         raise IA3Error(f"cannot merge into {path!r}, a {kind} {why}; run the model unmerged, or load it unquantized.")
     if not requantize:
         raise IA3Error(
-            f"cannot merge into {path!r} exactly, a {kind} {route}; run the model unmerged, or pass requantize=True to "
-            "quantize the scaled weight anew, with an error that is measured and reported."
+            f"cannot merge into {path!r} exactly, a {kind} {placement}; run the model unmerged, or pass "
+            "requantize=True to quantize the scaled weight anew, with an error that is measured and reported."
         )
-    return Route(path, path, base, layer.is_feedforward, requantizes=True)
+    return Placement(path, path, base, layer.is_feedforward, requantizes=True)
 
 
 def _obstacle(layer: nn.Module) -> str | None:
@@ -112,49 +111,49 @@ def _obstacle(layer: nn.Module) -> str | None:
     known = format_of(layer)
     if known is None:
         return "which is not quantized in a way that ia3 knows"
-    if not is_bare(layer):
+    if not runs_class_forward(layer):
         return "which has hooks, or a forward of its own"
     return known.obstacle(layer)
 
 
-def check_unshared(route: Route, uses: Counter[Any], address: Callable[[Tensor], Any]) -> None:
+def check_unshared(placement: Placement, uses: Counter[Any], address: Callable[[Tensor], Any]) -> None:
     """Raise :class:`IA3Error` where another module uses the weight or the bias that the vector goes into."""
-    for parameter in route.module._parameters.values():
+    for parameter in placement.module._parameters.values():
         if parameter is not None and uses[address(parameter)] > 1:
             raise IA3Error(
-                f"cannot merge into {route.owner!r}: other modules use a parameter of the quantized {route.path!r} as "
-                "well; run the model unmerged, or load it unquantized."
+                f"cannot merge into {placement.owner!r}: other modules use a parameter of the quantized "
+                f"{placement.path!r} as well; run the model unmerged, or load it unquantized."
             )
 
 
-def check_finite(route: Route, names: Sequence[str]) -> None:
-    """Raise :class:`IA3Error` where what ``route`` leads to holds scales or a bias that are not finite."""
-    known, bias = _format(route.module), route.module._parameters.get("bias")
-    scales = known.scales(known.read(route.module))
+def check_finite(placement: Placement, names: Sequence[str]) -> None:
+    """Raise :class:`IA3Error` where what ``placement`` leads to holds scales or a bias that are not finite."""
+    known, bias = _format(placement.module), placement.module._parameters.get("bias")
+    scales = known.scales(known.read(placement.module))
     if not all(bool(values.isfinite().all()) for values in (scales, bias) if values is not None):
         raise IA3Error(
-            f"merging {', '.join(names)} into {route.owner!r} would give {route.path!r} a scale or a bias that is not "
-            "finite; the adapter is broken, or too large for them: nothing was merged."
+            f"merging {', '.join(names)} into {placement.owner!r} would give {placement.path!r} a scale or a bias "
+            "that is not finite; the adapter is broken, or too large for them: nothing was merged."
         )
 
 
 @torch.no_grad()
-def move(route: Route, scale: Tensor | None) -> None:
-    """Let what ``route`` leads to hold ``scale [n]`` for its owner, whatever it held before; ``None``: nothing.
+def move(placement: Placement, scale: Tensor | None) -> None:
+    """Let what ``placement`` leads to hold ``scale [n]`` for its owner, whatever it kept before; ``None``: nothing.
 
     Done wholly or, after an exception, not at all.
     """
-    layer = route.module
+    layer = placement.module
     before: _Scales | None = layer.__dict__.get(_ATTRIBUTE)
     factors = {} if before is None else dict(before.factors)
-    factors.pop(route.owner, None)
+    factors.pop(placement.owner, None)
     if scale is not None:
-        factors[route.owner] = (route, scale)
+        factors[placement.owner] = (placement, scale)
     if before is None and not factors:
         return
     known, bias = _format(layer), layer._parameters.get("bias")
     concerned = [*factors.values(), *([] if before is None else before.factors.values())]
-    now = known.read(layer, with_codes=any(route.requantizes for route, _ in concerned))
+    now = known.read(layer, with_codes=any(placement.requantizes for placement, _ in concerned))
     bias_now = None if bias is None else bias.detach().clone()
     try:
         if before is not None:
@@ -170,17 +169,17 @@ def move(route: Route, scale: Tensor | None) -> None:
         raise
 
 
-def _restore(layer: Any, held: _Scales) -> None:
-    _format(layer).write(layer, held.saved)
-    if held.bias is not None:
-        layer.bias.data.copy_(held.bias)
+def _restore(layer: Any, kept: _Scales) -> None:
+    _format(layer).write(layer, kept.saved)
+    if kept.bias is not None:
+        layer.bias.data.copy_(kept.bias)
 
 
-def _scale(layer: Any, factors: dict[str, tuple[Route, Tensor]]) -> _Scales:
+def _scale(layer: Any, factors: dict[str, tuple[Placement, Tensor]]) -> _Scales:
     """Scale an unmerged layer; returns what undoes it."""
     known, bias = _format(layer), layer._parameters.get("bias")
     rows, columns = _product(layer, factors, is_input=False), _product(layer, factors, is_input=True)
-    requantizes = any(route.requantizes for route, _ in factors.values())
+    requantizes = any(placement.requantizes for placement, _ in factors.values())
     saved, error = known.read(layer, with_codes=requantizes), None
     if requantizes:
         exact = known.values(layer)
@@ -198,17 +197,17 @@ def _scale(layer: Any, factors: dict[str, tuple[Route, Tensor]]) -> _Scales:
     return _Scales(saved, saved_bias, factors, _fingerprint(_live_scales(layer)), error)
 
 
-def _product(layer: Any, factors: dict[str, tuple[Route, Tensor]], is_input: bool) -> Tensor | None:
+def _product(layer: Any, factors: dict[str, tuple[Placement, Tensor]], is_input: bool) -> Tensor | None:
     """The product of the vectors on one side, ``[out, 1]`` or ``[in]``; ``None`` where there is none."""
     product: Tensor | None = None
     device = layer._parameters["weight"].device
-    for route, scale in factors.values():
-        if route.is_input != is_input:
+    for placement, scale in factors.values():
+        if placement.is_input != is_input:
             continue
         vector = scale.to(device)
         if not is_input:
             vector = torch.ones(layer.out_features, dtype=scale.dtype, device=device)
-            vector[route.start : route.start + len(scale)] = scale
+            vector[placement.start : placement.start + len(scale)] = scale
             vector = vector[:, None]
         product = vector if product is None else product * vector
     return product
@@ -235,22 +234,22 @@ def _fingerprint(scales: Tensor) -> tuple[int, int]:
     return zlib.crc32(exact.numpy().data), zlib.crc32(exact.bfloat16().float().numpy().data)
 
 
-def check_unwritten(route: Route, names: Sequence[str]) -> None:
+def check_unwritten(placement: Placement, names: Sequence[str]) -> None:
     """Raise :class:`IA3Error` where the scales were written to since they were merged, and cannot be undone."""
-    held: _Scales | None = route.module.__dict__.get(_ATTRIBUTE)
-    if held is not None and _fingerprint(_live_scales(route.module))[0] not in held.written:
+    kept: _Scales | None = placement.module.__dict__.get(_ATTRIBUTE)
+    if kept is not None and _fingerprint(_live_scales(placement.module))[0] not in kept.written:
         raise IA3Error(
-            f"the scales of {route.path!r} were written to while {', '.join(names)} was merged into them, so that "
+            f"the scales of {placement.path!r} were written to while {', '.join(names)} was merged into them, so that "
             "merging cannot be undone; load the base model again, and unmerge_adapter before you change weights."
         )
 
 
-def error_of(route: Route) -> float | None:
+def error_of(placement: Placement) -> float | None:
     """The relative error of a weight that was quantized anew; ``None`` where the codes are as they were."""
-    held: _Scales | None = route.module.__dict__.get(_ATTRIBUTE)
-    return None if held is None else held.error
+    kept: _Scales | None = placement.module.__dict__.get(_ATTRIBUTE)
+    return None if kept is None else kept.error
 
 
-def forget(route: Route) -> None:
+def forget(placement: Placement) -> None:
     """Leave the scales as they are, as the layer's own for good."""
-    route.module.__dict__.pop(_ATTRIBUTE, None)
+    placement.module.__dict__.pop(_ATTRIBUTE, None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 Forward = Callable[[Any, Tensor], Tensor]
 # Where a layer's forward is looked up on the instance: accelerate's hooks (``device_map``) move it to the first name.
@@ -58,3 +59,29 @@ def restore(layer: nn.Module, functions: Collection[Forward]) -> None:
             unbind(layer, place)
             if place == "_old_forward":  # which a hook calls, and no class has
                 layer.__dict__[place] = types.MethodType(type(layer).forward, layer)
+
+
+def runs_class_forward(layer: nn.Module) -> bool:
+    """Return whether calling ``layer`` computes what its class's ``forward`` does, and nothing beside it.
+
+    What stands in for it here computes the same. The hooks by which accelerate moves inputs to a layer's device leave
+    its values alone, and are let pass; those that bring an offloaded weight are not.
+    """
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    if nn_module._has_any_global_hook():
+        return False
+    hook = layer.__dict__.get("_hf_hook")
+    place = "forward"
+    if hook is not None:
+        if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+            return False
+        place = "_old_forward"
+    forward = layer.__dict__.get(place)
+    return forward is None or is_stand_in(forward) or getattr(forward, "__func__", None) is type(layer).forward
+
+
+def is_stand_in(forward: Any) -> bool:
+    """Return whether :func:`replace` put ``forward`` where it is."""
+    function = getattr(forward, "func", None)
+    return getattr(function, "__module__", "").partition(".")[0] == __name__.partition(".")[0]

@@ -16,22 +16,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, read_tensors
-from .config import IA3Config
-from .errors import IA3Error
-from .hub import source_folder
-from .layers import IA3Layer
+from ..checkpoint import KEY_PREFIX, WEIGHTS_NAME, read_tensors, vector_shape
+from ..config import IA3Config
+from ..errors import IA3Error
+from ..files import source_folder
 from .mixed import BASE_NAME, Sites, unknown_name
 from .routing import BASE
-
-if TYPE_CHECKING:
-    from .model import IA3Model
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class AdapterBank:
 
     def __init__(
         self,
-        model: IA3Model,
+        model: Any,
         capacity: int,
         folder: str | os.PathLike[str] | None = None,
         host_limit: int | None = None,
@@ -93,8 +89,8 @@ class AdapterBank:
         tuner: Any = getattr(model, "base_model", None)
         if not hasattr(tuner, "bank"):
             raise IA3Error(
-                f"model is a {type(model).__name__}; expected an IA3Model, whose layers tell what adapters may scale: "
-                "make one with get_peft_model or from_pretrained."
+                f"model is a {type(model).__name__}; expected a PeftModel of ia3, whose layers tell what adapters "
+                "may scale: make one with get_peft_model or from_pretrained."
             )
         if tuner.bank is not None:
             raise IA3Error("the model has a bank already; load into that one, or close it first.")
@@ -230,7 +226,7 @@ class AdapterBank:
                 self._tuner.bank = None
 
     def lease(self, sites: Sites) -> Lease:
-        """Hold adapters in their slots while a batch runs (see :class:`~ia3.mixed.Route`).
+        """Hold adapters in their slots while a batch runs (see :class:`~ia3.serving.mixed.MixedBatch`).
 
         sites: the model as it is now; layers that were added since the bank was made get matrices of ones.
         """
@@ -347,8 +343,7 @@ class AdapterBank:
             for path, layer in sites.layers:
                 if layer in self.scales:
                     continue
-                assert isinstance(layer, IA3Layer)
-                shape = layer.vector_shape()
+                shape = vector_shape(layer, layer.is_feedforward)
                 features = layer.in_features if layer.is_feedforward else layer.out_features
                 matrix = torch.ones(self.capacity, features, device=layer.base_layer.weight.device)
                 if matrix.is_cuda:

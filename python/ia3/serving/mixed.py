@@ -1,7 +1,7 @@
-"""Batches in which every sequence names its adapter: from names to a :class:`~ia3.routing.Routing`.
+"""Batches in which every sequence names its adapter: from names to a :class:`~ia3.serving.routing.RowRouting`.
 
-Adapters come from the model itself (parameters, which may train) or from an :class:`~ia3.bank.AdapterBank` (any number
-of them, to serve).
+Adapters come from the model itself (parameters, which may train) or from an
+:class:`~ia3.serving.bank.AdapterBank` (any number of them, to serve).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import IA3Error
-from .layers import ScaledLayer, active_vectors
-from .routing import BASE, Routing
+from ..errors import IA3Error
+from ..layers import ScaledLayer, vectors_of
+from .routing import BASE, RowRouting
 
 BASE_NAME = "__base__"  # PEFT's name for no adapter
 # Arguments whose first dimension is the batch, in the order in which they tell its size.
@@ -59,10 +59,10 @@ class Source(Protocol):
         """Let go of the adapters."""
 
 
-class Route:
+class MixedBatch:
     """Within the block, each sequence of a batch runs with the adapter named for it, in this thread.
 
-    tuner: ours, or PEFT's with accelerated layers.
+    tuner: the model's, ``model.base_model``.
     adapter_names: an adapter for each sequence, ``__base__`` for none.
     repeats: how many copies of each sequence may stand next to each other (beams, returned sequences).
 
@@ -75,7 +75,7 @@ class Route:
         self._names = checked_names(adapter_names)
         self._repeats = repeats
         self._source: Source | None = None
-        self._routing: Routing | None = None
+        self._routing: RowRouting | None = None
 
     @property
     def index(self) -> Tensor:
@@ -102,21 +102,21 @@ class Route:
         routing.assign(self._source.rows(names))
         self._names = names
 
-    def _open(self) -> Routing:
+    def _open(self) -> RowRouting:
         if self._routing is None:
             raise IA3Error("the route is not entered; use it in a with statement.")
         return self._routing
 
     # Names are for the host alone: a graph that knew them would hold for them alone.
     @torch.compiler.disable
-    def __enter__(self) -> Route:
+    def __enter__(self) -> MixedBatch:
         if self._routing is not None:
             raise IA3Error("the route is entered already; make another for a second batch.")
         source = open_source(self._tuner, self._names)
         try:
             rows = source.rows(self._names)
             device = next(self._tuner.model.parameters()).device
-            self._routing = Routing(source.scales, rows, device, self._repeats)
+            self._routing = RowRouting(source.scales, rows, device, self._repeats)
         except BaseException:
             source.close()
             raise
@@ -194,7 +194,7 @@ def generation_repeats(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 
 def _check_state(tuner: Any, sites: Sites) -> None:
     """Raise :class:`IA3Error` where rows cannot run with adapters of their own."""
-    layer: Any  # ours, or an accelerated one of PEFT's
+    layer: Any
     for path, layer in sites.layers:
         if layer.merged_adapters:
             raise IA3Error(
@@ -234,9 +234,9 @@ def _check_state(tuner: Any, sites: Sites) -> None:
 
 def open_source(tuner: Any, names: Sequence[str]) -> Source:
     """Where these adapters' vectors are: the model itself or its bank; to be closed. Raises :class:`IA3Error`."""
-    sites = tuner.sites() if hasattr(tuner, "sites") else survey(tuner.model)
+    sites = tuner.sites()
     _check_state(tuner, sites)
-    bank, own = getattr(tuner, "bank", None), tuner.peft_config
+    bank, own = tuner.bank, tuner.peft_config
     wanted = dict.fromkeys(name for name in names if name != BASE_NAME)
     if bank is None:
         return _OwnAdapters(sites, list(own), wanted)
@@ -283,7 +283,7 @@ class _OwnAdapters:
 
 
 def _stacked(layer: ScaledLayer, adapters: Sequence[str], live: set[str]) -> Tensor | None:
-    found = {name: active_vectors(layer, [name]) for name in adapters}
+    found = {name: vectors_of(layer, [name]) for name in adapters}
     vectors = {name: vector[0] for name, vector in found.items() if vector}
     if not vectors:
         return None

@@ -2,7 +2,7 @@
 
 What undoing takes is one bit a weight (``ia3_kernels.merge_``). Every merge is made so that it can be undone, because
 an error in one layer must leave those before it as they were; where nobody wants to unmerge, the bits are dropped
-afterwards. One layer's part is in :mod:`~ia3.held`.
+afterwards. One layer's part is in :mod:`~ia3.merging.layer`.
 """
 
 from __future__ import annotations
@@ -17,46 +17,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from ia3_kernels import stays_finite
 
-from . import held, quantized_merging
-from .errors import IA3Error
-from .interrupts import held_back
-from .layers import IA3Layer, ScaledLayer, active_vectors, is_untouched, plain_weight
-from .mlp import up_projections
-from .quantized_merging import Route
-from .quantized_scales import format_of
+from ..errors import IA3Error
+from ..interrupts import held_back
+from ..layers import ScaledLayer, vectors_of
+from ..mlp import up_projections
+from ..patching import runs_class_forward
+from ..probing import what_linear_computes
+from . import quantized
+from .formats import format_of
+from .layer import (
+    MergeState,
+    as_stored,
+    check_unwritten,
+    forget,
+    put,
+    restore,
+    resume_layer,
+    scaled_parameters,
+    suspend_layer,
+    unmerged,
+)
+from .quantized import Placement
 
-NamedLayer = tuple[str, IA3Layer]
+NamedLayer = tuple[str, Any]
 # A layer, the adapters that it is to hold, and the product of their vectors (None: nothing)
-_Change = tuple[str, IA3Layer, list[str], Tensor | None]
+_Change = tuple[str, Any, list[str], Tensor | None]
 
 
-def check_mergeable(model: nn.Module, layers: Iterable[NamedLayer], requantize: bool = False) -> dict[str, Route]:
+def check_mergeable(model: nn.Module, layers: Iterable[NamedLayer], requantize: bool = False) -> dict[str, Placement]:
     """Raise :class:`IA3Error` where a weight cannot be scaled (hooks, scales of too many rows), before anything is.
 
     Returns where the vectors of quantized layers go, by the layers' names.
     """
-    layers, routes = list(layers), {}
+    layers, placements = list(layers), {}
     is_quantized = any(format_of(layer.base_layer) is not None for _, layer in layers)
     ups = up_projections(model) if is_quantized else {}
     for path, layer in layers:
         base = layer.base_layer
         if format_of(base) is not None:
-            if layer._held is not None and layer._held.route is not None:
-                routes[path] = layer._held.route
+            if layer._merge_state is not None and layer._merge_state.placement is not None:
+                placements[path] = layer._merge_state.placement
             elif not base._parameters["weight"].is_meta:
-                routes[path] = quantized_merging.find_route(path, layer, ups.get(id(layer)), requantize)
-        elif plain_weight(base) is None and not _is_plain_convolution(base):
+                placements[path] = quantized.find_placement(path, layer, ups.get(id(layer)), requantize)
+        elif not _is_plain(base):
             raise IA3Error(
                 f"cannot merge into {path!r}, a {type(base).__name__} whose weight is not a plain tensor, or which has "
                 "hooks; run the model unmerged, or load it unquantized."
             )
         if base._parameters["weight"].is_meta:
             raise IA3Error(f"cannot merge into {path!r}, whose weight is on the meta device; load the weights first.")
-        held.check_unwritten(path, layer)
-    return routes
+        check_unwritten(path, layer)
+    return placements
 
 
 def _check_enabled(layers: Iterable[NamedLayer]) -> None:
@@ -69,24 +84,32 @@ def _check_enabled(layers: Iterable[NamedLayer]) -> None:
             )
 
 
-def _is_plain_convolution(base: nn.Module) -> bool:
-    is_convolution = type(base) in (nn.Conv2d, nn.Conv3d)  # a subclass may compute its weight from another
-    return is_convolution and is_untouched(base) and type(base._parameters["weight"]) is nn.Parameter
+def _is_plain(base: Any) -> bool:
+    """Return whether the rows and columns of a layer's weight are all that its output depends on.
+
+    A subclass counts where it computes what a linear layer does; of convolutions none (it may compute its weight).
+    """
+    weight = base._parameters.get("weight")
+    if type(weight) not in (nn.Parameter, Tensor) or not runs_class_forward(base):
+        return False
+    if type(base) in (Conv1D, nn.Conv2d, nn.Conv3d):
+        return True
+    return isinstance(base, nn.Linear) and what_linear_computes(base) == "linear"
 
 
-def _to_merge(layer: IA3Layer, adapter_names: Sequence[str] | None) -> list[str]:
+def _to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
     """The adapters of ``layer`` that the names mean (the active ones) and that its weight does not hold yet."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [name for name in names if name in layer.ia3_l and name not in layer.merged_adapters]
 
 
-def _change(path: str, layer: IA3Layer, names: list[str]) -> _Change:
+def _change(path: str, layer: Any, names: list[str]) -> _Change:
     return path, layer, names, _product(layer, names) if names else None
 
 
-def _product(layer: IA3Layer, names: Iterable[str]) -> Tensor:
+def _product(layer: Any, names: Iterable[str]) -> Tensor:
     """The product of these adapters' vectors, ``[n]``, in fp32 (fp64 where they are); a copy, since vectors change."""
-    product = functools.reduce(torch.mul, (_wide(vector.detach()) for vector in active_vectors(layer, names)))
+    product = functools.reduce(torch.mul, (_wide(vector.detach()) for vector in vectors_of(layer, names)))
     return product.reshape(-1).clone()
 
 
@@ -95,11 +118,11 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _check_finite(path: str, layer: IA3Layer, names: Sequence[str], scale: Tensor) -> None:
+def _check_finite(path: str, layer: Any, names: Sequence[str], scale: Tensor) -> None:
     """Raise where scaling an unmerged layer would give a value that is not finite; one reading pass."""
     base = layer.base_layer
-    for name, dim in held.scaled_parameters(layer):
-        weight = held.as_stored(base, base._parameters[name])
+    for name, dim in scaled_parameters(layer):
+        weight = as_stored(base, base._parameters[name])
         if not stays_finite(weight, scale, dim):
             raise IA3Error(
                 f"merging {', '.join(names)} into {path!r} would give a {name} that is not finite; the adapter is "
@@ -118,16 +141,16 @@ def _uses(model: nn.Module) -> Counter[tuple[Any, int]]:
     """How many modules use each parameter; an original that a scaled copy stands in for is in use too."""
     uses = Counter(_address(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for module in model.modules():
-        now: held.Held | None = getattr(module, "_held", None) if isinstance(module, ScaledLayer) else None
+        now: MergeState | None = getattr(module, "_merge_state", None) if isinstance(module, ScaledLayer) else None
         if now is not None and not module._is_suspended:
             uses.update(_address(p.original) for p in now.parameters.values() if p.original is not None)
     return uses
 
 
-def _shared(layer: IA3Layer, uses: Counter[tuple[Any, int]]) -> set[str]:
+def _shared(layer: Any, uses: Counter[tuple[Any, int]]) -> set[str]:
     """The names of the parameters of an unmerged layer that others use too."""
     parameters = layer.base_layer._parameters
-    return {name for name, _ in held.scaled_parameters(layer) if uses[_address(parameters[name])] > 1}
+    return {name for name, _ in scaled_parameters(layer) if uses[_address(parameters[name])] > 1}
 
 
 @torch.no_grad()
@@ -137,42 +160,42 @@ def _apply(
     safe: bool = False,
     progressbar: bool = False,
     let_through: Callable[[], None] = lambda: None,
-    routes: Mapping[str, Route] = MappingProxyType({}),
+    placements: Mapping[str, Placement] = MappingProxyType({}),
 ) -> None:
     """Change all of these layers, or after an exception (an interrupt, too) none."""
     uses = _uses(model)
-    done: list[tuple[IA3Layer, held.Held | None, set[str]]] = []
+    done: list[tuple[Any, MergeState | None, set[str]]] = []
     with held_back() as interrupt:
         try:
             for path, layer, names, scale in changes:
-                if path in routes:
-                    quantized_merging.check_unshared(routes[path], uses, _address)
-                elif safe and scale is not None and layer._held is None:
+                if path in placements:
+                    quantized.check_unshared(placements[path], uses, _address)
+                elif safe and scale is not None and layer._merge_state is None:
                     _check_finite(path, layer, names, scale)
             for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
                 interrupt()
                 let_through()
-                before, route = layer._held, routes.get(path)
-                if route is not None:
-                    held.hold(layer, names, scale, (), route)
+                before, placement = layer._merge_state, placements.get(path)
+                if placement is not None:
+                    put(layer, names, scale, (), placement)
                     done.append((layer, before, set()))
                     if safe and scale is not None:
-                        quantized_merging.check_finite(route, names)
+                        quantized.check_finite(placement, names)
                     continue
                 shared = _shared(layer, uses) if before is None else before.shared
                 if safe and scale is not None and before is not None:
                     # Its weights hold other vectors, and without them only can one tell.
-                    held.hold(layer, [], None, shared)
+                    put(layer, [], None, shared)
                     done.append((layer, before, shared))
                     _check_finite(path, layer, names, scale)
                     before = None
-                held.hold(layer, names, scale, shared)
+                put(layer, names, scale, shared)
                 done.append((layer, before, shared))
             interrupt()
             let_through()
         except BaseException:
             for layer, before, shared in reversed(done):
-                held.restore(layer, before, shared)
+                restore(layer, before, shared)
             raise
 
 
@@ -195,31 +218,66 @@ def merge(
 
     Raises :class:`IA3Error` and changes nothing.
     """
-    changes = []
-    for path, layer in layers:
-        if names := _to_merge(layer, adapter_names):
-            changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
+    changes = _changes(layers, adapter_names)
     if not changes:
         warnings.warn("there is nothing to merge: the adapters are merged already, or not in any layer.", stacklevel=3)
         return
     _check_enabled(layers)
-    routes = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
-    _apply(model, changes, safe, routes=routes)
-    _warn_of_errors(routes)
+    placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
+    _apply(model, changes, safe, placements=placements)
+    _warn_of_errors(placements)
     if not exact:
         for _, layer, _, _ in changes:
             _drop_residuals(layer)
 
 
-def _routes_of(changes: Iterable[_Change]) -> dict[str, Route]:
+def merge_for_good(
+    model: nn.Module,
+    layers: Sequence[NamedLayer],
+    adapter_names: Sequence[str] | None = None,
+    safe: bool = False,
+    progressbar: bool = False,
+    let_through: Callable[[], None] = lambda: None,
+    requantize: bool = False,
+) -> None:
+    """Let the base layers hold the vectors, for the wrappers to be taken away; as :func:`merge`.
+
+    let_through: lets an interrupt through that the caller holds back.
+    """
+    _check_enabled((path, layer) for path, layer in layers if layer._is_suspended)
+    changes = _changes(layers, adapter_names)
+    placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
+    _apply(model, changes, safe, progressbar, let_through, placements)
+    _warn_of_errors(placements)
+
+
+def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) -> list[_Change]:
+    """Return the layers that are to hold more than they do; raises :class:`IA3Error` where PEFT has merged."""
+    changes = []
+    for path, layer in layers:
+        names = _to_merge(layer, adapter_names)
+        if not names:
+            continue
+        if layer.merged_adapters and layer._merge_state is None:
+            raise IA3Error(
+                f"{', '.join(layer.merged_adapters)} was merged into {path!r} before the model was accelerated; "
+                "unmerge_adapter first."
+            )
+        changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
+    return changes
+
+
+def _placements_of(changes: Iterable[_Change]) -> dict[str, Placement]:
     """Where the vectors of quantized layers are now."""
-    found = ((path, layer._held) for path, layer, _, _ in changes)
-    return {path: now.route for path, now in found if now is not None and now.route is not None}
+    found = ((path, layer._merge_state) for path, layer, _, _ in changes)
+    return {path: now.placement for path, now in found if now is not None and now.placement is not None}
 
 
-def _warn_of_errors(routes: Mapping[str, Route]) -> None:
+def _warn_of_errors(placements: Mapping[str, Placement]) -> None:
     """Say what was quantized anew, and how far it is from the exact weights."""
-    found = ((quantized_merging.error_of(route), route.path) for route in routes.values() if route.requantizes)
+    found = (
+        (quantized.error_of(placement), placement.path) for placement in placements.values() if placement.requantizes
+    )
     errors = sorted((error, path) for error, path in found if error is not None)
     if errors:
         (least, _), (most, path) = errors[0], errors[-1]
@@ -230,24 +288,28 @@ def _warn_of_errors(routes: Mapping[str, Route]) -> None:
         )
 
 
-def _drop_residuals(layer: IA3Layer) -> None:
-    if layer._held is not None and layer._held.route is None:
-        layer._held.is_exact = False
-        for parameter in layer._held.parameters.values():
+def _drop_residuals(layer: Any) -> None:
+    if layer._merge_state is not None and layer._merge_state.placement is None:
+        layer._merge_state.is_exact = False
+        for parameter in layer._merge_state.parameters.values():
             parameter.residual = None
 
 
 def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
     """Take the vectors out of every base layer, to the bit. All or nothing; raises :class:`IA3Error`."""
-    merged = [(path, layer) for path, layer in layers if layer.merged]
-    if not merged:
+    found = [(path, layer) for path, layer in layers if layer.merged]
+    if not found:
         warnings.warn("there is nothing to unmerge.", stacklevel=3)
+    merged = [(path, layer) for path, layer in found if layer._merge_state is not None]
     for path, layer in merged:
-        held.check_unwritten(path, layer)
+        check_unwritten(path, layer)
     changes = [_change(path, layer, []) for path, layer in merged if not layer._is_suspended]
-    _apply(model, changes, routes=_routes_of(changes))
+    _apply(model, changes, placements=_placements_of(changes))
     for _, layer in merged:
-        held.forget(layer)
+        forget(layer)
+    for _, layer in found:
+        if layer.merged:
+            layer.unmerge_inexactly()
 
 
 def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> None:
@@ -265,28 +327,27 @@ def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> 
             names.append(new)
         if names != layer.merged_adapters:
             changes.append(_change(path, layer, names))
-    routes = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes))
-    _apply(model, changes, routes=routes)
-    _warn_of_errors(routes)
+    placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes))
+    _apply(model, changes, placements=placements)
+    _warn_of_errors(placements)
 
 
 def suspend(layers: Iterable[NamedLayer]) -> None:
     """Take out of the weights what they hold, for as long as adapters are disabled. All or nothing."""
-    merged = [(path, layer) for path, layer in layers if layer._held is not None and not layer._is_suspended]
+    merged = [(path, layer) for path, layer in layers if layer._merge_state is not None and not layer._is_suspended]
     for path, layer in merged:
-        held.check_unwritten(path, layer)
-    _one_by_one([layer for _, layer in merged], held.suspend, held.resume)
+        check_unwritten(path, layer)
+    _one_by_one([layer for _, layer in merged], suspend_layer, resume_layer)
 
 
 def resume(layers: Iterable[NamedLayer]) -> None:
-    """Put back what :func:`suspend` took out, where adapters are not disabled any more. All or nothing."""
-    suspended = [layer for _, layer in layers if layer._is_suspended and not layer._disable_adapters]
-    _one_by_one(suspended, held.resume, held.suspend)
+    """Put back what :func:`suspend` took out. All or nothing."""
+    _one_by_one([layer for _, layer in layers if layer._is_suspended], resume_layer, suspend_layer)
 
 
 @torch.no_grad()
-def _one_by_one(layers: Sequence[IA3Layer], forward: Callable[[Any], None], backward: Callable[[Any], None]) -> None:
-    done: list[IA3Layer] = []
+def _one_by_one(layers: Sequence[Any], forward: Callable[[Any], None], backward: Callable[[Any], None]) -> None:
+    done: list[Any] = []
     with held_back() as let_through:
         try:
             for layer in layers:
@@ -299,28 +360,39 @@ def _one_by_one(layers: Sequence[IA3Layer], forward: Callable[[Any], None], back
             raise
 
 
-def merge_for_good(
-    model: nn.Module,
-    layers: Sequence[NamedLayer],
-    adapter_names: Sequence[str] | None = None,
-    safe: bool = False,
-    progressbar: bool = False,
-    let_through: Callable[[], None] = lambda: None,
-    requantize: bool = False,
-) -> None:
-    """Let the base layers hold the vectors as their own; the arguments are those of :func:`merge`.
+class MergingLayer(ScaledLayer):
+    """A scaled layer whose weight can hold its vectors, exactly and in place, also where PEFT asks it to."""
 
-    let_through: lets an interrupt through that the caller holds back.
+    _merge_state: MergeState | None = None
+    # What the weight holds is taken out for as long as adapters are disabled.
+    _is_suspended = False
 
-    All or nothing; raises :class:`IA3Error`.
-    """
-    _check_enabled((path, layer) for path, layer in layers if layer._is_suspended)
-    changes = []
-    for path, layer in layers:
-        if names := _to_merge(layer, adapter_names):
-            changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
-    routes = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
-    _apply(model, changes, safe, progressbar, let_through, routes)
-    _warn_of_errors(routes)
-    for _, layer in layers:
-        held.forget(layer)
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Let this layer's weight hold these adapters (the active ones); as PEFT's layers do."""
+        if _to_merge(self, adapter_names):
+            merge(self, [("layer", self)], adapter_names, safe_merge)
+
+    def unmerge(self) -> None:
+        """Take out of this layer's weight what it holds, bit-exactly."""
+        unmerge(self, [("layer", self)])
+
+    def unmerge_inexactly(self) -> None:
+        """Divide the weight by vectors that PEFT merged before the layer was accelerated; warns, as PEFT does."""
+        super().unmerge()  # type: ignore[misc]
+        self.note_running()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        # At once, and not in the next forward pass as in PEFT: an up projection that holds the vector runs before.
+        if not enabled and self.merged_adapters and not self._is_suspended:
+            if self._merge_state is None:
+                self.unmerge_inexactly()
+            else:
+                suspend([("layer", self)])
+        super().enable_adapters(enabled)  # type: ignore[misc]
+        if enabled and self._is_suspended:
+            resume([("layer", self)])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.
+        with unmerged(self):
+            return super()._apply(fn, recurse)

@@ -1,25 +1,25 @@
 """Which adapter each row of a batch takes: an index that every layer of a model reads while a batch runs.
 
 The index belongs to the thread that runs the batch, so that batches of different mixes may run at once on one model. It
-is one int32 tensor, and :meth:`Routing.assign` writes into it: what has captured it (a CUDA graph) stays valid.
+is one int32 tensor, and :meth:`RowRouting.assign` writes into it: what has captured it (a CUDA graph) stays valid.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .errors import IA3Error
+from ..errors import IA3Error
+from ..layers import Routing, thread
 
 BASE = -1  # the row of the base model, as in the operators' adapter_index
 # Shapes of activations that one batch has at a time: prompt and token, or those of an encoder and a decoder.
 _KEPT_SHAPES = 8
 
 
-class Routing:
+class RowRouting:
     """The adapters of one batch: a matrix of vectors for each layer, and the row of it that each sequence takes.
 
     scales: for every scaled layer of the model ``[adapters, n]``, or None where no adapter has a vector.
@@ -98,17 +98,17 @@ class Routing:
             f"{sequences} adapter_names; expected {expected} as the first dimension: pass one name for each sequence."
         )
 
-    def __enter__(self) -> Routing:
-        self.outer = _thread.routing
-        _thread.routing = self
+    def __enter__(self) -> RowRouting:
+        self.outer = thread.routing
+        thread.routing = self
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _thread.routing = self.outer
+        thread.routing = self.outer
         self.outer = None
 
 
-class TokenRouting(Routing):
+class TokenRouting(RowRouting):
     """The adapters of a batch ``[1, tokens]`` of sequences side by side.
 
     index: for each token its row, of the batch's shape, int32; on a device, where the host does not look at it.
@@ -127,23 +127,3 @@ class TokenRouting(Routing):
                 "tokens; adapt layers that see all of them."
             )
         return self.index.to(device).reshape(batch_shape)
-
-
-class _Thread(threading.local):
-    """What routes the batches of this thread."""
-
-    def __init__(self) -> None:
-        # An attribute of each thread's own instance. A default on the class would be what a compiled graph guards on,
-        # and the graph would then run in a thread that has set another.
-        self.routing: Routing | None = None
-
-
-_thread = _Thread()
-
-
-def routing_of(layer: nn.Module) -> Routing | None:
-    """What routes ``layer`` in this thread now; None where its active adapters apply to all rows alike."""
-    routing = _thread.routing
-    while routing is not None and layer not in routing.scales:
-        routing = routing.outer  # another model's, whose generation runs this one (an assistant, say)
-    return routing

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
-from .errors import IA3Error
+from ..errors import IA3Error
 from .mixed import checked_names, open_source
 from .routing import BASE, TokenRouting
 

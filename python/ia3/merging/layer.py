@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ia3_kernels import Residual, merge_, swap_, unmerge_
 
-from . import quantized_merging
-from .errors import IA3Error
-from .quantized_merging import Route
+from ..errors import IA3Error
+from . import quantized
+from .quantized import Placement
 
 
 @dataclass
-class _Parameter:
+class MergedParameter:
     """What one parameter holds.
 
     residual: what undoes it. A parameter that others share has none: it was replaced by a scaled copy, and is kept as
@@ -36,23 +36,23 @@ class _Parameter:
 
 
 @dataclass
-class Held:
+class MergeState:
     """What a merged layer holds: the adapters' names, the product of their vectors, and how to undo it.
 
     The product is kept because vectors change, and a weight must be divided by what it was multiplied with. Of a
-    quantized layer, ``route`` says which scales hold it, and there are no ``parameters``.
+    quantized layer, ``placement`` says which scales hold it, and there are no ``parameters``.
     """
 
     names: list[str]
     scale: Tensor
-    parameters: dict[str, _Parameter]
+    parameters: dict[str, MergedParameter]
     is_exact: bool = True
-    route: Route | None = None
+    placement: Placement | None = None
 
     @property
     def shared(self) -> set[str]:
         """The names of parameters that others use as well."""
-        return {name for name, held in self.parameters.items() if held.original is not None}
+        return {name for name, state in self.parameters.items() if state.original is not None}
 
 
 def scaled_parameters(layer: Any) -> Iterator[tuple[str, int]]:
@@ -73,23 +73,23 @@ def _written(parameter: Tensor) -> tuple[int, int | None]:
 
 def check_unwritten(path: str, layer: Any) -> None:
     """Raise :class:`IA3Error` where a merged layer cannot be unmerged any more."""
-    held: Held | None = layer._held
-    if held is None or layer._is_suspended:
+    state: MergeState | None = layer._merge_state
+    if state is None or layer._is_suspended:
         return
-    if held.route is not None:
-        quantized_merging.check_unwritten(held.route, held.names)
+    if state.placement is not None:
+        quantized.check_unwritten(state.placement, state.names)
         return
-    if not held.is_exact:
+    if not state.is_exact:
         raise IA3Error(
-            f"{', '.join(held.names)} was merged into {path!r} with exact=False, which keeps nothing to undo it with; "
+            f"{', '.join(state.names)} was merged into {path!r} with exact=False, which keeps nothing to undo it with; "
             "load the base model again, or merge with exact=True."
         )
-    for name, parameter in held.parameters.items():
+    for name, parameter in state.parameters.items():
         now = _written(layer.base_layer._parameters[name])
         # Another object is a copy of the layer, which brought its residual along.
         if parameter.residual is not None and now[0] == parameter.written[0] and now[1] != parameter.written[1]:
             raise IA3Error(
-                f"the {name} of {path!r} was written to while {', '.join(held.names)} was merged into it, so that "
+                f"the {name} of {path!r} was written to while {', '.join(state.names)} was merged into it, so that "
                 "merging cannot be undone; load the base model again, and unmerge_adapter before you change weights."
             )
 
@@ -98,11 +98,11 @@ def _move(
     base: nn.Module,
     name: str,
     dim: int,
-    now: _Parameter | None,
+    now: MergedParameter | None,
     old: Tensor | None,
     new: Tensor | None,
     is_shared: bool,
-) -> _Parameter | None:
+) -> MergedParameter | None:
     """Let a parameter go from one scale to another; ``None`` is no scale."""
     parameter: Any = base._parameters[name]
     if is_shared:
@@ -113,7 +113,7 @@ def _move(
         copy = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
         merge_(as_stored(base, copy), new, dim)
         base._parameters[name] = copy
-        return _Parameter(None, original, _written(copy))
+        return MergedParameter(None, original, _written(copy))
     weight, residual = as_stored(base, parameter), None
     if now is None or old is None:
         residual = None if new is None else merge_(weight, new, dim, exact=True)
@@ -122,29 +122,29 @@ def _move(
             unmerge_(weight, old, dim, now.residual)
         else:
             residual = swap_(weight, old, new, dim, now.residual)
-    return None if residual is None else _Parameter(residual, None, _written(parameter))
+    return None if residual is None else MergedParameter(residual, None, _written(parameter))
 
 
-def hold(
-    layer: Any, names: Sequence[str], scale: Tensor | None, shared: Collection[str], route: Route | None = None
+def put(
+    layer: Any, names: Sequence[str], scale: Tensor | None, shared: Collection[str], placement: Placement | None = None
 ) -> None:
     """Let the layer's parameters hold ``scale [n]`` instead of whatever they hold; ``None``: nothing.
 
     shared: the names of parameters that others use too: scaled copies stand in for them.
-    route: of a quantized layer, where its vectors go.
+    placement: of a quantized layer, where its vectors go.
 
-    Where the layer holds something, what was shared before counts, and its route.
+    Where the layer holds something, what was shared before counts, and its placement.
     """
-    base, before = layer.base_layer, layer._held
-    route = route if before is None else before.route
-    if route is not None:
-        quantized_merging.move(route, scale)
-        layer._held = None if scale is None else Held(list(names), scale, {}, route=route)
-        layer.merged_adapters = list(names)
+    base, before = layer.base_layer, layer._merge_state
+    placement = placement if before is None else before.placement
+    if placement is not None:
+        quantized.move(placement, scale)
+        layer._merge_state = None if scale is None else MergeState(list(names), scale, {}, placement=placement)
+        _note(layer, names)
         return
     old = None if before is None else before.scale
     shared = shared if before is None else before.shared
-    done: dict[str, _Parameter | None] = {}
+    done: dict[str, MergedParameter | None] = {}
     steps = list(scaled_parameters(layer))
     try:
         for name, dim in steps:
@@ -158,61 +158,67 @@ def hold(
                     before.parameters[name] = restored
         raise
     found = {name: parameter for name, parameter in done.items() if parameter is not None}
-    layer._held = None if scale is None else Held(list(names), scale, found)
-    layer.merged_adapters = list(names)
+    layer._merge_state = None if scale is None else MergeState(list(names), scale, found)
+    _note(layer, names)
 
 
-def restore(layer: Any, held: Held | None, shared: Collection[str]) -> None:
+def restore(layer: Any, state: MergeState | None, shared: Collection[str]) -> None:
     """Let the layer hold what it held before."""
-    if held is None:
-        hold(layer, [], None, shared)
+    if state is None:
+        put(layer, [], None, shared)
     else:
-        hold(layer, held.names, held.scale, held.shared, held.route)
+        put(layer, state.names, state.scale, state.shared, state.placement)
 
 
-def suspend(layer: Any) -> None:
-    """Take out what the layer holds, for :func:`resume` to put back."""
-    held = layer._held
-    hold(layer, held.names, None, ())
-    layer._held, layer._is_suspended = held, True
+def suspend_layer(layer: Any) -> None:
+    """Take out what the layer holds, for :func:`resume_layer` to put back."""
+    state = layer._merge_state
+    put(layer, state.names, None, ())
+    layer._merge_state, layer._is_suspended = state, True
 
 
-def resume(layer: Any) -> None:
-    """Put back what :func:`suspend` took out."""
-    held = layer._held
-    layer._held = None
+def resume_layer(layer: Any) -> None:
+    """Put back what :func:`suspend_layer` took out."""
+    state = layer._merge_state
+    layer._merge_state = None
     try:
-        hold(layer, held.names, held.scale, held.shared, held.route)
+        put(layer, state.names, state.scale, state.shared, state.placement)
     except BaseException:
-        layer._held = held
+        layer._merge_state = state
         raise
     layer._is_suspended = False
 
 
 @contextlib.contextmanager
 @torch.no_grad()
-def taken_out(layer: Any) -> Iterator[None]:
+def unmerged(layer: Any) -> Iterator[None]:
     """Within the block the layer's parameters hold nothing; what they held is put back where they are then."""
-    held = layer._held
-    if held is None or not held.is_exact:
+    state = layer._merge_state
+    if state is None or not state.is_exact:
         yield
         return
     was_suspended = layer._is_suspended
     if not was_suspended:
-        suspend(layer)
+        suspend_layer(layer)
     try:
         yield
     finally:
         weight = layer.base_layer._parameters["weight"]
-        held.scale = held.scale.to(weight.device)
+        state.scale = state.scale.to(weight.device)
         if weight.is_meta:  # there is nothing to hold it any more
             forget(layer)
         elif not was_suspended:
-            resume(layer)
+            resume_layer(layer)
 
 
 def forget(layer: Any) -> None:
     """Leave the parameters as they are, as the layer's own for good."""
-    if layer._held is not None and layer._held.route is not None and not layer._is_suspended:
-        quantized_merging.forget(layer._held.route)
-    layer._held, layer._is_suspended, layer.merged_adapters = None, False, []
+    if layer._merge_state is not None and layer._merge_state.placement is not None and not layer._is_suspended:
+        quantized.forget(layer._merge_state.placement)
+    layer._merge_state, layer._is_suspended = None, False
+    _note(layer, [])
+
+
+def _note(layer: Any, names: Sequence[str]) -> None:
+    layer.merged_adapters = list(names)
+    layer.note_running()
