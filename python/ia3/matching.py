@@ -89,7 +89,9 @@ def features(layer: Any) -> tuple[int, int] | None:
         return int(layer.nx), int(layer.nf)
     if isinstance(layer, CONVOLUTIONS):
         return layer.in_channels, layer.out_channels
-    if type(layer).__name__ in _LINEAR_LIKE or (isinstance(layer, nn.Linear) and what_linear_computes(layer) != "other"):
+    if type(layer).__name__ in _LINEAR_LIKE or (
+        isinstance(layer, nn.Linear) and what_linear_computes(layer) != "other"
+    ):
         return layer.in_features, layer.out_features
     return None
 
@@ -115,6 +117,19 @@ class Plan:
     config: IA3Config  # a copy of the user's, with the defaults and the heads filled in
     targets: tuple[Target, ...]
     saved: tuple[tuple[str, nn.Module], ...]  # modules_to_save, by name
+
+    def exact_config(self) -> IA3Config:
+        """Return a configuration by which PEFT finds these targets, and no others."""
+        config = copy.deepcopy(self.config)
+        config.target_modules = _any_of(target.path for target in self.targets)
+        config.feedforward_modules = _any_of(target.path for target in self.targets if target.is_feedforward)
+        config.exclude_modules = None
+        return config
+
+
+def _any_of(paths: Iterable[str]) -> str:
+    """Return a regular expression that these names match, from their first to their last character."""
+    return "|".join(map(re.escape, paths)) or "(?!)"
 
 
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import peft
+import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.ia3 import layer as peft_layer
 from peft.tuners.ia3 import model as peft_tuner
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,15 +122,45 @@ class IA3Model(peft_tuner.IA3Model):
         return names
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not self.active_adapters:
+            self.active_adapter = args[0] if args else kwargs["adapter_name"]
         super().inject_adapter(model, *args, **kwargs)
         _install(model)
         self._sites = None
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self.check_known(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         for _, layer in self.scaled_layers():
             layer.note_running()
         self._sites = None
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose vectors are ``Σ weight ∘ vector`` of others; PEFT's method.
+
+        A vector that one of them lacks counts as ones there, and as zeros in PEFT. Raises ``ValueError``.
+        """
+        names = self.check_known(adapters)
+        _check_name(adapter_name, self.peft_config)
+        if len(names) != len(weights) or not names:
+            raise IA3Error(
+                f"adapters has {len(names)} names and weights has {len(weights)} numbers; expected one weight for each "
+                "of at least one adapter: correct the lists."
+            )
+        super().add_weighted_adapter(names, list(weights), adapter_name)
+        with torch.no_grad():
+            for _, carrier in carriers(self.model):
+                if not is_scaled(carrier):
+                    owner = next((name for name in names if name in carrier.modules_to_save), None)
+                    if owner is not None and adapter_name in carrier.modules_to_save:
+                        state = carrier.modules_to_save[owner].state_dict()
+                        carrier.modules_to_save[adapter_name].load_state_dict(state)
+                elif adapter_name in carrier.ia3_l:
+                    missing = (w for name, w in zip(names, weights, strict=True) if name not in carrier.ia3_l)
+                    carrier.ia3_l[adapter_name].add_(sum(missing))
 
     # --- merging
 
@@ -197,17 +229,16 @@ class IA3Model(peft_tuner.IA3Model):
         layers = self.scaled_layers()
         with held_back() as let_through:
             merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, let_through, requantize)
-            model = self._unload_and_optionally_merge(merge=True)
+            model = self._unload_and_optionally_merge(merge=True, adapter_names=adapter_names)
         return model
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         layers = [layer for _, layer in self.scaled_layers()]
+        _uninstall(self.model)
         # PEFT's IA3 refuses quantized models even where nothing is to be merged; its base class does the rest.
         model: nn.Module = super(peft_tuner.IA3Model, self)._unload_and_optionally_merge(merge, *args, **kwargs)
-        for layer in layers:
-            if merge:
-                merging.forget(layer)
-        _uninstall(model)
+        for layer in layers if merge else ():
+            merging.forget(layer)
         self._sites = self.bank = None
         return model
 
@@ -265,27 +296,48 @@ class PeftModel(peft.PeftModel):
         check_unadapted(model)
         _check_name(adapter_name)
         plan = plan_adapter(model, IA3Config.of(peft_config))
-        with _all_or_nothing(model, plan, adapter_name), _as_linear(plan):
-            super().__init__(model, plan.config, adapter_name, **kwargs)
-        accelerate(self)
+        with _all_or_nothing(model, adapter_name):
+            with _as_linear(plan):
+                super().__init__(model, plan.exact_config(), adapter_name, **kwargs)
+            self.base_model.peft_config[adapter_name] = plan.config
+            accelerate(self)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        """Add a new adapter, which is not active; PEFT's method. Raises :class:`IA3Error`, and changes nothing."""
-        base: Any = self
-        _check_name(adapter_name, base.peft_config)
-        plan = plan_adapter(base.get_base_model(), IA3Config.of(peft_config))
-        with _all_or_nothing(base.get_base_model(), plan, adapter_name), _as_linear(plan):
-            super().add_adapter(adapter_name, plan.config, *args, **kwargs)  # type: ignore[misc]
+        """Add a new adapter, which is not active unless there is no other; PEFT's method.
+
+        Raises :class:`IA3Error`, and changes nothing.
+        """
+        _check_name(adapter_name, self.peft_config)
+        plan = plan_adapter(self.get_base_model(), IA3Config.of(peft_config))
+        self._add(adapter_name, plan, *args, **kwargs)
+
+    def _add(self, adapter_name: str, plan: Plan, *args: Any, **kwargs: Any) -> None:
+        is_first = not self.active_adapters
+        with _all_or_nothing(self.get_base_model(), adapter_name):
+            with _as_linear(plan):
+                super().add_adapter(adapter_name, plan.exact_config(), *args, **kwargs)
+            self.peft_config[adapter_name] = plan.config
+            if is_first:
+                self.set_adapter(adapter_name, plan.config.inference_mode)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter takes part in the computation."""
+        return bool(self.active_adapters) and not self._adapters_disabled
+
+    @property
+    def active_peft_config(self) -> Any:
+        """The configuration of the (first) active adapter; one that means nothing where none is left."""
+        return self.peft_config.get(self.active_adapter) or IA3Config()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make this adapter the active one, or these, whose vectors then multiply; PEFT's method."""
-        base: Any = self
-        names = base.base_model.check_known(adapter_name)
+        names = self.base_model.check_known(adapter_name)
         if len(names) == 1:
-            super().set_adapter(names[0], inference_mode)  # type: ignore[misc]
+            super().set_adapter(names[0], inference_mode)
         else:
-            base.base_model.set_adapter(names, inference_mode)
-            base.active_adapter = names[0]
+            self.base_model.set_adapter(names, inference_mode)
+            self.active_adapter = names[0]
 
     @classmethod
     def from_pretrained(
@@ -310,18 +362,22 @@ class PeftModel(peft.PeftModel):
         found.inference_mode = not is_trainable
         plan = plan_adapter(model, found, strict=False)
         mapping = _check_file(model, folder, expected_tensors(plan), key_mapping)
-        with _all_or_nothing(model, plan, adapter_name), _as_linear(plan):
-            result = peft.PeftModel.from_pretrained(
-                model, str(folder), adapter_name, is_trainable, plan.config, *args, key_mapping=mapping, **kwargs
-            )
-        return accelerate(result)
+        with _all_or_nothing(model, adapter_name):
+            with _as_linear(plan):
+                result = peft.PeftModel.from_pretrained(
+                    model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
+                    key_mapping=mapping, **kwargs,
+                )  # fmt: skip
+            result.peft_config[adapter_name] = plan.config
+            return accelerate(result)
 
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
-        *args: Any,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -329,31 +385,46 @@ class PeftModel(peft.PeftModel):
 
         Raises :class:`IA3Error`, and changes nothing.
         """
-        this: Any = self
-        base = this.get_base_model()
+        base = self.get_base_model()
         folder, kwargs = _located(model_id, kwargs)
-        if adapter_name in this.peft_config:
-            mapping = _check_file(base, folder, present_tensors(base, adapter_name), key_mapping)
-            if any(adapter_name in layer.merged_adapters for _, layer in this.base_model.scaled_layers()):
-                warnings.warn(f"{adapter_name!r} is merged; it is unmerged before it is replaced.", stacklevel=2)
-                this.base_model.unmerge_adapter()
-            plan = None
+        plan = None
+        if adapter_name in self.peft_config:
+            expected = present_tensors(base, adapter_name)
         else:
             _check_name(adapter_name)
-            plan = plan_adapter(base, IA3Config.from_pretrained(folder), strict=False)
-            mapping = _check_file(base, folder, expected_tensors(plan), key_mapping)
-        with _all_or_nothing(base, plan, adapter_name):
-            load: Any = super().load_adapter  # type: ignore[misc]
-            return load(str(folder), adapter_name, is_trainable, *args, key_mapping=mapping, **kwargs)
+            config = IA3Config.from_pretrained(folder)
+            config.inference_mode = not is_trainable
+            plan = plan_adapter(base, config, strict=False)
+            expected = expected_tensors(plan)
+        mapping = _check_file(base, folder, expected, key_mapping)
+        with _all_or_nothing(base, adapter_name):
+            if plan is not None:
+                self._add(adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype)
+            elif any(adapter_name in layer.merged_adapters for _, layer in self.base_model.scaled_layers()):
+                warnings.warn(f"{adapter_name!r} is merged; it is unmerged before vectors are replaced.", stacklevel=2)
+                self.base_model.unmerge_adapter()
+            if any(tensor.is_meta for tensor in expected.values()) and plan is None:
+                kwargs["low_cpu_mem_usage"] = True  # there is nothing to copy into
+            result = super().load_adapter(
+                str(folder),
+                adapter_name,
+                is_trainable,
+                torch_device,
+                autocast_adapter_dtype,
+                key_mapping=mapping,
+                **kwargs,
+            )
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
+        return result
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the adapters' files and a model card, all of them or none; PEFT's method."""
-        base: Any = self
         if kwargs.get("safe_serialization", args[0] if args else True) is not True:
             raise IA3Error("safe_serialization is False, but adapters are saved as safetensors only; leave it out.")
         embeddings = kwargs.get("save_embedding_layers", args[2] if len(args) > 2 else "auto")
         if embeddings is True:
-            _check_embeddings_unmerged(base.get_base_model())
+            _check_embeddings_unmerged(self.get_base_model())
         if kwargs.get("state_dict") is None and any(hasattr(p, "full_tensor") for p in self.parameters()):
             # Sharded: gathered, which all processes have to do together.
             kwargs["state_dict"] = {
@@ -365,16 +436,34 @@ class PeftModel(peft.PeftModel):
         with atomic_folder(target) as content:
             if (target / "README.md").is_file():
                 shutil.copyfile(target / "README.md", content / "README.md")
-            super().save_pretrained(str(content), *args, **kwargs)  # type: ignore[misc]
-            for path in content.rglob(WEIGHTS_NAME):
-                _rename_compiled(path)
+            try:
+                super().save_pretrained(str(content), *args, **kwargs)
+            except KeyError as error:
+                raise IA3Error(
+                    f"the state_dict lacks {error}; pass that of the whole model: nothing was saved."
+                ) from None
+            for name in self.peft_config:
+                path = (content if name == "default" else content / name) / WEIGHTS_NAME
+                if path.is_file():
+                    _check_saved(path, {_plain(key) for key in present_tensors(self.get_base_model(), name)})
 
 
-def _rename_compiled(path: Path) -> None:
-    """Take what torch.compile puts before names out of a saved adapter's, so that it fits a plain model."""
+def _plain(name: str) -> str:
+    """Return a tensor's name without what torch.compile and FSDP put into it."""
+    return name.replace(COMPILED, "").replace("_fsdp_wrapped_module.", "")
+
+
+def _check_saved(path: Path, expected: set[str]) -> None:
+    """Raise :class:`IA3Error` where a saved adapter lacks tensors; names in it become those of a plain model."""
     tensors = load_file(path)
-    if any(COMPILED in name for name in tensors):
-        save_file({name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
+    missing = sorted(expected - {_plain(name) for name in tensors})
+    if missing:
+        raise IA3Error(
+            f"the state_dict lacks {missing[0]!r} and {len(missing) - 1} others of the adapter's {len(expected)} "
+            "tensors; pass that of the whole model: nothing was saved."
+        )
+    if any(name != _plain(name) for name in tensors):
+        save_file({_plain(name): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
 def _check_embeddings_unmerged(model: nn.Module) -> None:
@@ -459,29 +548,27 @@ _KNOWN_TO_PEFT = nn.Conv2d | nn.Conv3d | peft_layer.Conv1D
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module, plan: Plan | None, adapter_name: str) -> Iterator[None]:
-    """After an exception within the block: the same modules, the same ``requires_grad``, no trace of the adapter."""
-    if plan is None:
-        yield
-        return
-    named = [(target.path, target.module) for target in plan.targets] + list(plan.saved)
+def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """After an exception within the block: the same modules and parameters, the same ``requires_grad``."""
+    before = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = model.__dict__.get("peft_config")
+    known = None if configs is None else dict(configs)
     try:
         yield
     except BaseException:
         _uninstall(model)
-        for path, module in named:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, module)
-        for _, carrier in carriers(model):
-            for held in (carrier.ia3_l if is_scaled(carrier) else carrier.modules_to_save,):
-                if adapter_name in held:
-                    del held[adapter_name]
-        if configs is None:
+        for module, children, parameters in before:
+            for now, then in ((module._modules, children), (module._parameters, parameters)):
+                now.clear()
+                now.update(then)
+            if isinstance(module, ModulesToSaveWrapper):
+                module._adapters.discard(adapter_name)
+        if configs is None or known is None:
             model.__dict__.pop("peft_config", None)
         else:
-            configs.pop(adapter_name, None)
+            configs.clear()
+            configs.update(known)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         if any(isinstance(module, ScaledLayer) for module in model.modules()):
@@ -581,8 +668,10 @@ def inject_adapter_in_model(
     """Put a new adapter into ``model`` and return ``model`` itself, with no wrapper around it; as PEFT's function."""
     config = IA3Config.of(peft_config)
     plan = plan_adapter(model, config, strict="state_dict" not in kwargs)
-    with _all_or_nothing(model, plan, adapter_name), _as_linear(plan):
-        peft.inject_adapter_in_model(plan.config, model, adapter_name, **kwargs)
+    with _all_or_nothing(model, adapter_name):
+        with _as_linear(plan):
+            peft.inject_adapter_in_model(plan.exact_config(), model, adapter_name, **kwargs)
+        model.peft_config[adapter_name] = plan.config
         return accelerate(model)
 
 

@@ -117,7 +117,7 @@ def packed_model(model: Any) -> Any:
 
 def eager_model(model: ia3.PeftModel) -> Any:
     """The same quantized layers and vectors by PEFT's formula, written with hooks, in fp32 between the layers."""
-    vectors = {path: (layer.is_feedforward, layer.ia3_l["default"]) for path, layer in model.base_model.layers()}
+    vectors = {path: (layer.is_feedforward, layer.ia3_l["default"]) for path, layer in model.base_model.scaled_layers()}
     vectors = {path: (side, nn.Parameter(vector.detach().clone())) for path, (side, vector) in vectors.items()}
     base = copy.deepcopy(model).unload()
     for path, (is_feedforward, vector) in vectors.items():

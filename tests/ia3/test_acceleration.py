@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
 import ia3
-from ia3 import layers
 
 from .conftest import Family, perturb
 
@@ -150,8 +147,22 @@ def test_disabling_merging_and_unloading_work_as_in_peft(family: Family) -> None
         assert torch.equal(unloaded(**batch).logits, family.build()(**batch).logits)
 
 
-def test_disabling_a_merged_model_unmerges_it_as_peft_does(families: dict[str, Family]) -> None:
-    plain, fast = _pair(families["llama"])
+def test_disabling_a_merged_model_takes_vectors_out_of_the_weights_for_that_time(families: dict[str, Family]) -> None:
+    _, fast = _pair(families["llama"])
+    batch = families["llama"].inputs()
+    base = families["llama"].build().requires_grad_(False)
+    fast.eval()
+    with torch.no_grad():
+        fast.merge_adapter()
+        merged = fast(**batch).logits
+        with fast.disable_adapter():
+            assert torch.equal(fast(**batch).logits, base(**batch).logits)
+        assert torch.equal(fast(**batch).logits, merged)
+    assert all(layer.merged for layer in fast.modules() if isinstance(layer, IA3Layer))
+
+
+def test_what_peft_merged_before_is_peft_s_to_unmerge(families: dict[str, Family]) -> None:
+    plain, fast = _peft_model(families["llama"]), _peft_model(families["llama"])
     batch = families["llama"].inputs()
     for model in (plain, fast):
         for name, parameter in model.named_parameters():
@@ -161,9 +172,15 @@ def test_disabling_a_merged_model_unmerges_it_as_peft_does(families: dict[str, F
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         for model in (plain, fast):
+            model.add_adapter("other", peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
             model.merge_adapter()
-        with plain.disable_adapter(), fast.disable_adapter():
-            assert torch.equal(fast(**batch).logits, plain(**batch).logits)
+        ia3.accelerate(fast)
+        assert torch.equal(fast(**batch).logits, plain(**batch).logits)
+        with pytest.raises(ia3.IA3Error, match="before the model was accelerated"):
+            fast.merge_adapter(["other"])
+        for model in (plain, fast):
+            model.unmerge_adapter()
+        assert all(torch.equal(a, b) for a, b in zip(fast.parameters(), plain.parameters(), strict=True))
     assert not any(layer.merged for layer in fast.modules() if isinstance(layer, IA3Layer))
 
 
@@ -266,12 +283,6 @@ def test_hooks_on_a_layer_still_run(families: dict[str, Family]) -> None:
     assert len(seen) == 1
 
 
-def test_our_own_model_is_accelerated_already(llama: nn.Module) -> None:
-    model = ia3.get_peft_model(llama, ia3.IA3Config())
-    assert ia3.accelerate(model) is model
-    assert all(isinstance(layer, layers.IA3Layer) for _, layer in model.base_model.layers())
-
-
 def test_what_cannot_be_accelerated_is_told(llama: nn.Module) -> None:
     with pytest.raises(ia3.IA3Error, match=r"LlamaForCausalLM has no IA3 layers.*get_peft_model"):
         ia3.accelerate(llama)
@@ -280,18 +291,3 @@ def test_what_cannot_be_accelerated_is_told(llama: nn.Module) -> None:
     lora = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ia3.IA3Error, match="no IA3 layers"):
         ia3.accelerate(lora)
-
-
-def test_without_peft_a_sentence_says_what_to_install() -> None:
-    script = """
-import sys
-sys.modules["peft"] = None
-import torch, ia3
-try:
-    ia3.accelerate(torch.nn.Linear(1, 1))
-except ia3.IA3Error as error:
-    print(error)
-"""
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert "pip install 'ia3-kernels[peft]'" in printed
-    assert printed.count("\n") == 1

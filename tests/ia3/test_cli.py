@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import ia3
 from ia3.cli import main
 from ia3.cli.app import ENVIRONMENT
 
@@ -122,7 +123,7 @@ def test_peft_loads_what_finetune_wrote(tiny_model: Path, adapter: Path) -> None
 
     tokens = torch.tensor([[5, 6, 7, 8]])
     theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), adapter)
-    ours = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), adapter)
+    ours = ia3.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), adapter)
     plain = LlamaForCausalLM.from_pretrained(tiny_model)
     with torch.inference_mode():
         expected = theirs(tokens).logits

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import ia3
-from ia3 import layers
+from ia3 import layers, patching
 from tests.ia3_kernels.helpers import needs_native
 
 from .conftest import BY_NAME
@@ -109,7 +109,7 @@ def test_a_weight_that_is_trained_is_torchs(multiplied: list[int]) -> None:
 def test_heads_trained_whole_take_part_once_they_are_frozen(multiplied: list[int]) -> None:
     base = BY_NAME["bert"].build().to(BF16)
     model = ia3.get_peft_model(base, ia3.IA3Config(task_type="SEQ_CLS"))
-    head = model.get_submodule("classifier").running_module()
+    head = model.get_submodule("classifier").modules_to_save["default"]
     inputs = BY_NAME["bert"].inputs()
     model(**inputs)
     assert head.weight.data_ptr() not in multiplied
@@ -145,7 +145,7 @@ def test_replicas_run_on_their_own_weights() -> None:
 def test_they_are_restored_with_the_model() -> None:
     model = _adapted()
     ends = _ends(model)
-    assert all(forwards.is_replaced(layer) for layer in ends)
+    assert all(patching.is_replaced(layer) for layer in ends)
     base = model.unload()
     assert not any("forward" in module.__dict__ for module in base.modules())
 
@@ -154,7 +154,7 @@ def test_a_failed_adapter_leaves_a_base_model_alone() -> None:
     base = _Mixed().to(BF16)
     with pytest.raises(ia3.IA3Error):
         ia3.get_peft_model(base, ia3.IA3Config(target_modules=["absent"], feedforward_modules=[]))
-    frozen.patch(base)  # without a vector in it there is nothing to do
+    layers.speed_up_frozen(base)  # without a vector in it there is nothing to do
     assert not any("forward" in module.__dict__ for module in base.modules())
 
 
@@ -163,7 +163,7 @@ def test_an_adapter_on_a_layer_that_was_patched() -> None:
     other = ia3.IA3Config(target_modules=["first", "last"], feedforward_modules=["last"], fan_in_fan_out=True)
     model.add_adapter("other", other)
     model.set_adapter("other")
-    assert forwards.is_replaced(model.model.middle) is False
+    assert patching.is_replaced(model.model.middle) is False
     model.model.first.ia3_l["other"].data.fill_(2.0)
     x = torch.randn(2, 24).to(BF16)
     base = model.model.first.base_layer
@@ -182,12 +182,12 @@ def test_hooks_of_accelerate_stay_around_them(multiplied: list[int]) -> None:
             return args, kwargs
 
     hooks.add_hook_to_module(first, Hook())
-    frozen.patch(model)  # again, as another adapter would
+    layers.speed_up_frozen(model)  # again, as another adapter would
     x = torch.randn(2, 24).to(BF16)
     first(x)
     assert calls == [first]
     assert first.weight.data_ptr() in multiplied
-    frozen.restore(model)
+    layers.give_back_frozen(model)
     first(x)
     hooks.remove_hook_from_module(first)
     assert torch.equal(first(x), F.linear(x, first.weight, first.bias))

@@ -222,7 +222,6 @@ def test_copies_and_pickles_work(families: dict[str, Any], adapted: Callable[...
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.get_base_model() is not model.get_base_model()
         assert torch.equal(twin(**family.inputs()).logits, model(**family.inputs()).logits)
-        assert twin.forward.tuner is twin.base_model
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "t5_gated", "bert"])

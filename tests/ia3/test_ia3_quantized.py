@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ia3
-from ia3 import quantized
-from ia3.layers import IA3Layer
+from ia3.merging import formats
 
+from .helpers import scaled_layer
 from .quantizing import (
     BF16,
     IN,
@@ -47,11 +47,9 @@ def kind(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def _scaled(base: nn.Module, is_feedforward: bool) -> tuple[IA3Layer, nn.Parameter]:
+def _scaled(base: nn.Module, is_feedforward: bool) -> tuple[Any, nn.Parameter]:
     """``base`` with a vector far from ones, a zero and negatives in it."""
-    layer = IA3Layer(base, is_feedforward)
-    layer.add_vector("default")
-    layer.set_adapter(["default"])
+    layer = scaled_layer(base, is_feedforward, init_ones=True)
     vector = layer.ia3_l["default"]
     with torch.no_grad():
         vector.normal_(generator=torch.Generator().manual_seed(1))
@@ -221,7 +219,7 @@ def test_a_model_is_as_exact_as_the_formula_in_fp32(
 ) -> None:
     eager, eager_vectors = eager_model(adapted)
     logits, gradients = _run(
-        adapted, {path: layer.ia3_l["default"] for path, layer in adapted.base_model.layers()}, batch
+        adapted, {path: layer.ia3_l["default"] for path, layer in adapted.base_model.scaled_layers()}, batch
     )
     eager_logits, eager_gradients = _run(eager, eager_vectors, batch)
     true_logits, true_gradients = _run(dequantized_model(eager, kind), eager_vectors, batch)
@@ -324,7 +322,7 @@ def packed() -> Any:
     """A packed layer with a bias and inputs in another order, made differentiable."""
     layer: Any = KINDS["gguf"](linear())[0]
     layer.input_permutation = torch.randperm(IN, generator=torch.Generator().manual_seed(6))
-    quantized.make_differentiable(layer)
+    formats.make_differentiable(layer)
     return layer
 
 
@@ -365,7 +363,7 @@ def test_packed_layers_keep_no_unpacked_weight_for_backward(packed: Any) -> None
         return dtypes - {torch.int64}  # the permutation
 
     assert not kept(packed)
-    quantized.restore(packed)
+    formats.give_back(packed)
     assert kept(packed) == {BF16}  # what transformers' own forward keeps
 
 
@@ -381,13 +379,13 @@ def test_packed_layers_are_copied_and_restored(packed: Any) -> None:
     copied.weight.data.zero_()
     x = _input(2).requires_grad_()
     assert torch.equal(copied(x), packed.bias.expand(2, OUT))
-    quantized.restore(packed)
+    formats.give_back(packed)
     assert "forward" not in packed.__dict__
 
 
 def test_packed_layers_keep_the_hooks_of_accelerate(packed: Any) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
-    quantized.restore(packed)
+    formats.give_back(packed)
     calls = []
 
     class Hook(hooks.ModelHook):  # type: ignore[name-defined, misc]
@@ -396,11 +394,11 @@ def test_packed_layers_keep_the_hooks_of_accelerate(packed: Any) -> None:
             return args, kwargs
 
     hooks.add_hook_to_module(packed, Hook())
-    quantized.make_differentiable(packed)
+    formats.make_differentiable(packed)
     x = _input(2).requires_grad_()
     assert packed(x).requires_grad
     assert calls == [packed]
-    quantized.restore(packed)
+    formats.give_back(packed)
     assert torch.equal(packed(_input()), type(packed).forward(packed, _input()))
     hooks.remove_hook_from_module(packed)
     assert torch.equal(packed(_input()), type(packed).forward(packed, _input()))
@@ -451,7 +449,7 @@ def test_4bit_layers_keep_their_gradient_after_an_evaluation(is_nested: bool, st
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **options)
     layer = layer.to("cpu")
     values = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
-    quantized.make_differentiable(layer)
+    formats.make_differentiable(layer)
     x = _input(features=2 * IN)
     layer.eval()(x)  # where the processor has the instructions, this changes the layout
     if layer.support_avx512bf16_for_cpu:

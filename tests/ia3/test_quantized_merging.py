@@ -16,6 +16,9 @@ import transformers
 from torch import Tensor, nn
 
 import ia3
+from ia3.merging import formats, quantized
+from ia3.merging.formats import bitsandbytes as bnb_format
+from ia3.merging.formats import gguf as gguf_format
 from ia3.mlp import UpProjection, up_projections
 
 from .conftest import perturb
@@ -108,7 +111,7 @@ def _adapted(base: nn.Module, is_feedforward: bool = False, adapters: int = 1) -
 
 
 def _vector(model: ia3.PeftModel, adapter: str = "default") -> Tensor:
-    return model.base_model.layers()[0][1].ia3_l[adapter].detach().double().reshape(-1)
+    return model.base_model.scaled_layers()[0][1].ia3_l[adapter].detach().double().reshape(-1)
 
 
 def _bits(value: Any) -> Any:
@@ -139,9 +142,9 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
 def _codes(layer: Any) -> Any:
     """The codes of a layer: all of its weight's bits that are not a scale, in the layout in which it was quantized."""
     if type(layer).__name__ == "Linear4bit":
-        return _bits(quantized_scales._flat_codes(layer).view(torch.uint8))
+        return _bits(bnb_format._flat_codes(layer).view(torch.uint8))
     if type(layer).__name__ == "GgufLinear":
-        known = quantized_scales.format_of(layer)
+        known = formats.format_of(layer)
         cleared = copy.deepcopy(layer)
         known.write(cleared, {"fields": torch.zeros_like(known.read(cleared)["fields"])})  # type: ignore[union-attr]
         return _bits(cleared.weight.data)
@@ -156,16 +159,16 @@ def _exact_values(layer: Any) -> tuple[Tensor, Tensor]:
         values = layer.weight.data.double() * scales.double()[:, None] / 127
     elif kind == "Linear4bit":
         state = layer.weight.quant_state
-        codes = quantized_scales._flat_codes(layer).view(torch.uint8).reshape(-1)
+        codes = bnb_format._flat_codes(layer).view(torch.uint8).reshape(-1)
         levels = state.code.double()[torch.stack([codes >> 4, codes & 15], 1).long()].view(OUT, -1, state.blocksize)
         # Read by bitsandbytes: nested scales are defined by what it makes of them.
-        known = quantized_scales._FourBitBlocks()
+        known = bnb_format.FourBitBlocks()
         values = (levels * known.scales(known.read(layer)).double().view(OUT, -1, 1)).view(OUT, IN)
     elif kind == "GgufLinear":
-        fields = quantized_scales._GgufBlocks().read(layer)["fields"].double()[..., 0]  # [fields, out, blocks]
+        fields = gguf_format.GgufBlocks().read(layer)["fields"].double()[..., 0]  # [fields, out, blocks]
         without_minimum = copy.deepcopy(layer)
         if len(fields) > 1:
-            format_ = quantized_scales._GgufBlocks()
+            format_ = gguf_format.GgufBlocks()
             cleared = format_.read(layer)["fields"].clone()
             cleared[1] = 0
             format_.write(without_minimum, {"fields": cleared})
@@ -306,7 +309,7 @@ def test_copies_of_a_merged_layer_are_unmerged_by_themselves(base: Any, duplicat
 def test_scales_that_overflow_are_not_merged_if_that_is_asked_for(base: Any) -> None:
     model = _adapted(base)
     with torch.no_grad():
-        model.base_model.layers()[0][1].ia3_l["default"][3] = torch.inf
+        model.base_model.scaled_layers()[0][1].ia3_l["default"][3] = torch.inf
     before = _snapshot(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(
@@ -319,7 +322,7 @@ def test_scales_that_overflow_are_not_merged_if_that_is_asked_for(base: Any) -> 
 def test_sixteen_bit_scales_overflow_earlier() -> None:
     model = _adapted(_gguf("Q8_0"))
     with torch.no_grad():
-        model.base_model.layers()[0][1].ia3_l["default"].fill_(1e9)
+        model.base_model.scaled_layers()[0][1].ia3_l["default"].fill_(1e9)
     with pytest.raises(ia3.IA3Error, match="not finite"):
         model.merge_adapter(safe_merge=True)
 
@@ -329,7 +332,7 @@ def test_scales_written_to_in_between_are_not_undone() -> None:
         base: Any = make()
         model = _adapted(base)
         model.merge_adapter()
-        known: Any = quantized_scales.format_of(base)
+        known: Any = formats.format_of(base)
         state = known.read(base)
         known.write(base, known.scaled(base, state, torch.full((OUT,), 1.01)))
         with pytest.raises(ia3.IA3Error, match=r"the scales of '0' were written to while default was merged"):
@@ -343,16 +346,16 @@ def test_interrupted_scaling_leaves_the_layer_as_it_was(base: Any, monkeypatch: 
             model.merge_adapter(merged)
         before = _snapshot(model)
         with monkeypatch.context() as patch:
-            patch.setattr(quantized_merging, "_fingerprint", lambda scales: 1 / 0)  # after everything was written
+            patch.setattr(quantized, "_fingerprint", lambda scales: 1 / 0)  # after everything was written
             with pytest.raises(ZeroDivisionError):
                 model.merge_adapter(["default"])
         assert _snapshot(model) == before
-        assert model.base_model.layers()[0][1].merged_adapters == merged
+        assert model.base_model.scaled_layers()[0][1].merged_adapters == merged
 
 
 @pytest.mark.parametrize(
     "kind",
-    [*quantized_scales._GGUF_FIELDS, "IQ1_M"],
+    [*gguf_format._GGUF_FIELDS, "IQ1_M"],
 )
 def test_every_gguf_types_fields_are_its_scales_and_nothing_else(kind: str) -> None:
     """Whatever the other bytes are, powers of two in the vector give exactly that multiple of each value."""
@@ -366,14 +369,14 @@ def test_every_gguf_types_fields_are_its_scales_and_nothing_else(kind: str) -> N
         with pytest.raises(ia3.IA3Error, match=r"cannot merge into '0', .* type IQ1_M has no field .* run the model"):
             model.merge_adapter()
         return
-    for start in quantized_scales._GGUF_FIELDS[kind]:
+    for start in gguf_format._GGUF_FIELDS[kind]:
         blocks = layer.weight.data.view(-1, dequant.GGML_BLOCK[number][1])
         fields = torch.rand(len(blocks), 1, generator=torch.Generator().manual_seed(start)).add(1).half()
         blocks[:, start : start + 2] = fields.view(torch.uint8)
     values, powers = dequant.dequantize(layer.weight.data, number).view(8, -1), 2.0 ** torch.arange(-4, 4)
     assert bool(values.any())
     with torch.no_grad():
-        model.base_model.layers()[0][1].ia3_l["default"].copy_(powers[:, None])
+        model.base_model.scaled_layers()[0][1].ia3_l["default"].copy_(powers[:, None])
     before = _snapshot(model)
     model.merge_adapter()
     assert torch.equal(dequant.dequantize(layer.weight.data, number).view(8, -1), values * powers[:, None])
@@ -383,7 +386,7 @@ def test_every_gguf_types_fields_are_its_scales_and_nothing_else(kind: str) -> N
 
 def test_no_type_that_transformers_packs_is_forgotten() -> None:
     dequant = pytest.importorskip("transformers.integrations.gguf.dequant")
-    assert set(quantized_scales._GGUF_FIELDS) | {"IQ1_M"} == set(dequant.GGML_NAME.values())
+    assert set(gguf_format._GGUF_FIELDS) | {"IQ1_M"} == set(dequant.GGML_NAME.values())
 
 
 # --- quantized anew -------------------------------------------------------------------------------------------------
@@ -430,7 +433,7 @@ def test_a_weight_quantized_anew_can_be_shipped_swapped_and_disabled(name: str) 
     assert _snapshot(model) == held
     merged = model.merge_and_unload()
     assert _snapshot(merged)["0.weight"] == held["base_model.model.0.base_layer.weight"]
-    assert quantized_merging._ATTRIBUTE not in merged[0].__dict__
+    assert quantized._ATTRIBUTE not in merged[0].__dict__
 
 
 def test_inputs_in_another_order_are_quantized_in_theirs() -> None:
@@ -577,7 +580,7 @@ def test_a_merged_model_computes_what_it_did(folder: Path, kind: str, batch: dic
         before = _snapshot(model)
         model.merge_adapter(safe_merge=True)
         merged = model(**batch).logits.double()
-        assert all(layer.merged for _, layer in model.base_model.layers())
+        assert all(layer.merged for _, layer in model.base_model.scaled_layers())
         assert (merged - exact).norm() <= 2 * (unmerged - exact).norm()
         assert (unmerged - exact).norm() < 0.2 * exact.norm()  # else it would say little
         rows = {row.module.rpartition(".")[2]: row.reason for row in ia3.report(model).rows}
@@ -600,7 +603,7 @@ def _with_biases(base: Any, kind: str) -> Any:
 def test_merge_and_unload_leaves_plain_quantized_layers(folder: Path, kind: str, batch: dict[str, Tensor]) -> None:
     model = _adapted_model(loaded(folder, kind))
     kinds = {path: type(module) for path, module in loaded(folder, kind).named_modules()}
-    codes = {path: _codes(layer.base_layer) for path, layer in model.base_model.layers()}
+    codes = {path: _codes(layer.base_layer) for path, layer in model.base_model.scaled_layers()}
     model.merge_adapter()
     with torch.no_grad():
         expected = model(**batch).logits
@@ -608,7 +611,7 @@ def test_merge_and_unload_leaves_plain_quantized_layers(folder: Path, kind: str,
         assert torch.equal(merged(**batch).logits, expected)
     assert {path: type(module) for path, module in merged.named_modules()} == kinds
     assert {path: _codes(merged.get_submodule(path)) for path in codes} == codes
-    assert not any(quantized_merging._ATTRIBUTE in module.__dict__ for module in merged.modules())
+    assert not any(quantized._ATTRIBUTE in module.__dict__ for module in merged.modules())
 
 
 def test_vectors_of_two_layers_in_one_place_are_unmerged_in_any_order(folder: Path, kind: str) -> None:
@@ -638,7 +641,7 @@ def test_an_error_half_way_leaves_every_layer_as_it_was(
     folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = _adapted_model(loaded(folder, kind))
-    before, move, calls = _snapshot(model), quantized_merging.move, 0
+    before, move, calls = _snapshot(model), quantized.move, 0
 
     def failing(route: Any, scale: Any) -> None:
         nonlocal calls
@@ -647,12 +650,12 @@ def test_an_error_half_way_leaves_every_layer_as_it_was(
             raise KeyboardInterrupt
         move(route, scale)
 
-    monkeypatch.setattr(quantized_merging, "move", failing)
+    monkeypatch.setattr(quantized, "move", failing)
     with pytest.raises(KeyboardInterrupt):
         model.merge_adapter()
     assert calls > 5
     assert _snapshot(model) == before
-    assert not any(layer.merged for _, layer in model.base_model.layers())
+    assert not any(layer.merged for _, layer in model.base_model.scaled_layers())
 
 
 def test_only_exact_places_are_scales(folder: Path, kind: str) -> None:
@@ -692,7 +695,7 @@ def test_joined_gate_and_up_projections_are_scaled_in_their_second_half(
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     model = _adapted_model(base, target_modules=["down_proj"], feedforward_modules=["down_proj"])
     joined = base.model.layers[0].mlp.gate_up_proj
-    known: Any = quantized_scales.format_of(joined)
+    known: Any = formats.format_of(joined)
     scales, before = known.scales(known.read(joined)).reshape(256, -1), _snapshot(model)
     with torch.no_grad():
         expected = model(**batch).logits
@@ -762,7 +765,7 @@ def test_accelerated_models_of_peft_merge_what_peft_refuses(folder: Path, name: 
         merged = ia3.accelerate(model).merge_and_unload()
         assert torch.equal(merged(**batch).logits, got)
     assert not any(isinstance(module, peft.tuners.ia3.layer.IA3Layer) for module in merged.modules())
-    assert not any(quantized_merging._ATTRIBUTE in module.__dict__ for module in merged.modules())
+    assert not any(quantized._ATTRIBUTE in module.__dict__ for module in merged.modules())
 
 
 def test_nothing_is_warned_of_where_nothing_is_lost(folder: Path) -> None:

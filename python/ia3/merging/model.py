@@ -396,3 +396,10 @@ class MergingLayer(ScaledLayer):
         # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.
         with unmerged(self):
             return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        is_new = any(f"{prefix}ia3_l.{name}" in state_dict for name in self.merged_adapters)
+        if is_new and f"{prefix}base_layer.weight" not in state_dict:
+            warnings.warn("adapters are merged; they are unmerged before vectors are replaced.", stacklevel=2)
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
