@@ -21,7 +21,7 @@ def kernel_sources() -> str:
     """A hash of the GPU kernels' sources, by which results know what they are of: in a checkout, built or not."""
     root = Path(__file__).parents[1]
     folders = ((root / "ia3_kernels" / "triton", "*.py"), (root / "csrc" / "cuda", "*"), (root / "csrc" / "core", "*"))
-    digest = hashlib.sha256((root / "ia3_kernels" / "tuning.py").read_bytes())
+    digest = hashlib.sha256((root / "ia3_kernels" / "launches.py").read_bytes())
     for path in (path for folder, names in folders for path in sorted(folder.glob(names)) if path.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,6 +1,6 @@
 """``scaled_linear`` of the Triton backend: the library's product with a pass over its output, or a Triton kernel.
 
-:func:`ia3_kernels.measured.linear_route` says which. What the CUDA backend does is in ``csrc/torch/cuda.cpp``.
+:func:`ia3_kernels.routes.linear_route` says which. What the CUDA backend does is in ``csrc/torch/cuda.cpp``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import measured, target
-from .tuning import linear_launch
+from . import routes, target
+from .launches import linear_launch
 
 
 class Pass(Protocol):
@@ -86,9 +86,9 @@ def by_triton(
     )
 
 
-def _route(x: Tensor, weight: Tensor) -> measured.Route:
+def _route(x: Tensor, weight: Tensor) -> routes.Route:
     rows, (outputs, inputs) = x.numel() // max(x.shape[-1], 1), weight.shape
-    return measured.linear_route(x.device.index, rows, outputs, inputs, x.dtype, weight.stride(1) != 1)
+    return routes.linear_route(x.device.index, rows, outputs, inputs, x.dtype, weight.stride(1) != 1)
 
 
 def describe(device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
@@ -97,7 +97,7 @@ def describe(device: torch.device, dtype: torch.dtype, shape: Sequence[int] | No
         return f"matmul: {target.gpu_matmul()}, decided by shape"
     index = None if device.type == "cpu" else target.device_index(device)
     rows, outputs, inputs = shape
-    route = measured.linear_route(index, rows, outputs, inputs, dtype, False)
+    route = routes.linear_route(index, rows, outputs, inputs, dtype, False)
     if route.name == "triton":
         launch = route.launch or linear_launch(
             rows, outputs, inputs, dtype.itemsize, target.architecture(index), is_aligned=True

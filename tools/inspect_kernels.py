@@ -1,4 +1,4 @@
-"""Compile every Triton kernel with every launch that ``ia3_kernels.tuning`` makes, with no GPU, and read what came out.
+"""Compile every Triton kernel with every launch that ``ia3_kernels.launches`` makes, with no GPU, and read the code.
 
     python -m tools.inspect_kernels [--quick] [--jobs 2] [--write docs/kernels.md]
 
@@ -37,9 +37,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import ia3_kernels.triton
+from ia3_kernels.launches import Architecture
 from ia3_kernels.schemas import ACTIVATIONS
 from ia3_kernels.triton import activation, linear, scale_pair, weight
-from ia3_kernels.tuning import Architecture
 
 from .pages import table_in, write_table
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import matmul, measured, target
+from .. import matmul, routes, target
 from ..chunks import chunks_by_adapter
+from ..launches import activation_launch
 from ..schemas import COMPILED, EXACT, LIBRARY, SCHEMAS, check_arguments
-from ..tuning import activation_launch
 from . import cuda, native, reference, triton
 from .base import Backend
 
@@ -156,7 +156,7 @@ def run(op: str, first: Tensor, *args: Any) -> Any:
 
 def linear_route(x: Tensor, rows: int, outputs: int, inputs: int, is_transposed: bool) -> tuple[str, int]:
     """Return how a GPU computes this product, ``library``, ``triton`` or ``cuda``, and the number of cuda's tile."""
-    route = measured.linear_route(x.device.index, rows, outputs, inputs, x.dtype, is_transposed)
+    route = routes.linear_route(x.device.index, rows, outputs, inputs, x.dtype, is_transposed)
     tiles = target.hopper_tiles() if route.name == "cuda" else []
     return route.name, tiles.index(route.tile) if route.tile in tiles else -1
 

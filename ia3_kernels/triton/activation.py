@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chunks import chunks_by_adapter
+from ..launches import ActivationLaunch, activation_launch
 from ..schemas import as_vector
-from ..tuning import ActivationLaunch, activation_launch
 from .functions import activate, activate_with_derivative, load_scale, round_to, sum_chunks
 
 

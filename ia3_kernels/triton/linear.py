@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launches import Architecture, LinearLaunch, linear_launch
 from ..schemas import as_vector
-from ..tuning import Architecture, LinearLaunch, linear_launch
 from .activation import as_rows
 from .functions import INTERPRETED, load_scale, round_to
 

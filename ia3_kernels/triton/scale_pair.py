@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import ActivationLaunch, activation_launch
+from ..launches import ActivationLaunch, activation_launch
 from .activation import as_rows
 from .functions import round_to, sum_chunks
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import weight_launch
+from ..launches import weight_launch
 from .functions import round_to
 
 

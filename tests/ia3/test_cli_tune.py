@@ -11,9 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from ia3.cli import main
 from ia3.cli import tune as command
-from ia3_kernels import measured, target, tuner
-from ia3_kernels.measured import Measurement
-from ia3_kernels.tuning import Architecture, linear_launch
+from ia3_kernels import routes, target, tune
+from ia3_kernels.launches import Architecture, linear_launch
+from ia3_kernels.routes import Measurement
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,8 +42,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Imaginary GPU 1000")
-    monkeypatch.setattr(tuner, "measure_linear", measure)
-    measured.of_device.cache_clear()
+    monkeypatch.setattr(tune, "measure_linear", measure)
+    routes.of_device.cache_clear()
     return asked
 
 
@@ -51,11 +51,11 @@ def test_what_it_measures_is_kept_and_decides_the_route(gpu: list[Any], capsys: 
     assert main(["tune", "--shape", "1024x3072", "--rows", "4", "--rows", "512"]) == 0
     assert gpu == [(4, 1024, 3072, torch.bfloat16, False), (512, 1024, 3072, torch.bfloat16, False)]
     assert "Imaginary GPU 1000" in capsys.readouterr().out
-    routes = {rows: measured.linear_route(0, rows, 1024, 3072, torch.bfloat16, False) for rows in (3, 4, 512, 4096)}
-    assert [routes[rows].name for rows in (3, 4, 512, 4096)] == ["triton", "triton", "library", "library"]
-    assert "not measured" in routes[4096].reason
+    chosen = {rows: routes.linear_route(0, rows, 1024, 3072, torch.bfloat16, False) for rows in (3, 4, 512, 4096)}
+    assert [chosen[rows].name for rows in (3, 4, 512, 4096)] == ["triton", "triton", "library", "library"]
+    assert "not measured" in chosen[4096].reason
     assert main(["tune", "--shape", "64x64", "--rows", "1"]) == 0  # adds to what is there
-    assert measured.linear_route(0, 4, 1024, 3072, torch.bfloat16, False)[0] == "triton"
+    assert routes.linear_route(0, 4, 1024, 3072, torch.bfloat16, False)[0] == "triton"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,6 @@ def test_every_row_count_has_a_default() -> None:
     assert list(command.ROWS) == sorted(command.ROWS)
     for rows in command.ROWS:
         for capability in (80, 90):
-            launches = tuner.launches(rows, 1024, 3072, 2, Architecture("cuda", capability, 108), True)
+            launches = tune.launches(rows, 1024, 3072, 2, Architecture("cuda", capability, 108), True)
             assert launches[0] == linear_launch(rows, 1024, 3072, 2, Architecture("cuda", capability, 108), True)
             assert len(launches) == len(set(launches)) > 4

@@ -19,7 +19,7 @@ def run(model: Path | None, shapes: list[str], dtype: str, rows: list[int]) -> N
     """Measures every (rows, out_features, in_features) on the current GPU; writes its file after each."""
     import torch
 
-    from ia3_kernels import measured, target, tuner
+    from ia3_kernels import routes, target, tune
 
     problem = target.triton_problem()
     if problem is not None or not torch.cuda.is_available():
@@ -32,17 +32,17 @@ def run(model: Path | None, shapes: list[str], dtype: str, rows: list[int]) -> N
     if not wanted:
         raise IA3Error("there are no shapes to measure: name a model's folder, or give --shape OUTxIN.")
     index = torch.cuda.current_device()
-    path = measured.path_of(index)
-    found = dict(measured.read(path))
+    path = routes.path_of(index)
+    found = dict(routes.read(path))
     kind: torch.dtype = getattr(torch, dtype)
     jobs = [(count, *shape) for shape in sorted(wanted) for count in rows]
     table = Table("rows", "out x in", "library", "Triton", "CUDA", "route", title=torch.cuda.get_device_name(index))
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=len(jobs))
         for count, outputs, inputs, is_transposed in jobs:
-            result = tuner.measure_linear(index, count, outputs, inputs, kind, is_transposed)
-            found[measured.linear_key(count, outputs, inputs, kind, is_transposed)] = result
-            measured.write(path, found)  # an interrupted run keeps what it has
+            result = tune.measure_linear(index, count, outputs, inputs, kind, is_transposed)
+            found[routes.linear_key(count, outputs, inputs, kind, is_transposed)] = result
+            routes.write(path, found)  # an interrupted run keeps what it has
             table.add_row(
                 str(count),
                 f"{outputs} x {inputs}" + (" (Conv1D)" if is_transposed else ""),

@@ -1,7 +1,7 @@
 """How kernels are launched: pure functions of shape, dtype and architecture, in field-standard names.
 
 A launch is a frozen dataclass whose fields are the kernel's constants. Tests pass their own. Where ``ia3 tune`` has
-measured this device, :mod:`~ia3_kernels.measured` knows better which of the routes below wins.
+measured this device, :mod:`~ia3_kernels.routes` knows better which of the routes below wins.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia3_kernels import measured, target, tuning
-from ia3_kernels.measured import Measurement
-from ia3_kernels.tuning import Architecture, LinearLaunch
+from ia3_kernels import launches, routes, target
+from ia3_kernels.launches import Architecture, LinearLaunch
+from ia3_kernels.routes import Measurement
 
 LAUNCH = LinearLaunch(128, 128, 64, 1, 8, True, 8, 3)
 SHAPE = (512, 1024, 3072)
@@ -29,18 +29,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("IA3_CACHE", str(tmp_path))
     monkeypatch.delenv("IA3_GPU_MATMUL", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["NVIDIA H100 80GB HBM3", "Other"][index])
-    measured.of_device.cache_clear()
+    routes.of_device.cache_clear()
     yield tmp_path
-    measured.of_device.cache_clear()
+    routes.of_device.cache_clear()
 
 
 def _measure(library: float, triton: float, rows: int = SHAPE[0]) -> None:
-    key = measured.linear_key(rows, *SHAPE[1:], torch.bfloat16, False)
-    measured.write(measured.path_of(0), {key: Measurement(library, triton, LAUNCH)})
+    key = routes.linear_key(rows, *SHAPE[1:], torch.bfloat16, False)
+    routes.write(routes.path_of(0), {key: Measurement(library, triton, LAUNCH)})
 
 
-def _route(rows: int = SHAPE[0], outputs: int = SHAPE[1], index: int | None = 0) -> measured.Route:
-    return measured.linear_route(index, rows, outputs, SHAPE[2], torch.bfloat16, False)
+def _route(rows: int = SHAPE[0], outputs: int = SHAPE[1], index: int | None = 0) -> routes.Route:
+    return routes.linear_route(index, rows, outputs, SHAPE[2], torch.bfloat16, False)
 
 
 # --- keys and files ----------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_rows_share_a_key_up_to_a_power_of_two_and_nothing_else_does() -> None:
     def key(
         rows: int = 5, outputs: int = 8, inputs: int = 9, dtype: torch.dtype = torch.bfloat16, t: bool = False
     ) -> str:
-        return measured.linear_key(rows, outputs, inputs, dtype, t)
+        return routes.linear_key(rows, outputs, inputs, dtype, t)
 
     assert len({key(rows) for rows in (5, 6, 7, 8)}) == 1
     assert len({key(rows) for rows in (0, 1, 2, 3, 5, 9, 17, 4096, 4097)}) == 8  # 0 counts as 1
@@ -60,22 +60,22 @@ def test_rows_share_a_key_up_to_a_power_of_two_and_nothing_else_does() -> None:
 
 @given(st.floats(1e-9, 1e3), st.floats(1e-9, 1e3), st.integers(1, 2**20))
 def test_what_is_written_is_read(library: float, triton: float, rows: int) -> None:
-    entries = {measured.linear_key(rows, 7, 8, torch.float16, True): Measurement(library, triton, LAUNCH)}
+    entries = {routes.linear_key(rows, 7, 8, torch.float16, True): Measurement(library, triton, LAUNCH)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "new" / "device.json"
-        measured.write(path, entries)
-        assert measured.read(path) == entries
+        routes.write(path, entries)
+        assert routes.read(path) == entries
         assert [file.name for file in path.parent.iterdir()] == ["device.json"]
 
 
 def test_a_device_has_a_file_in_the_cache_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = measured.path_of(0)
+    path = routes.path_of(0)
     assert path.parent == cache
     assert path.name.startswith(f"nvidia-h100-80gb-hbm3-torch{torch.__version__.split('+')[0]}")
     assert path.name.endswith(f"{target.kernel_sources()}.json")
-    assert measured.path_of(1) != path
+    assert routes.path_of(1) != path
     monkeypatch.setattr(target, "version", lambda _: "99.0")
-    assert measured.path_of(0) != path
+    assert routes.path_of(0) != path
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,17 +110,17 @@ def _damage() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("damage", _damage())
 def test_a_damaged_file_is_as_none(cache: Path, damage: str) -> None:
-    path = measured.path_of(0)
+    path = routes.path_of(0)
     path.write_bytes(_damage()[damage])
-    assert measured.read(path) == {}
+    assert routes.read(path) == {}
     assert _route()[0] == "library"
     _measure(2.0, 1.0)  # and is replaced
     assert _route()[0] == "triton"
 
 
 def test_no_file_and_a_folder_in_its_place_are_as_none(cache: Path) -> None:
-    assert measured.read(cache / "none.json") == {}
-    assert measured.read(cache) == {}
+    assert routes.read(cache / "none.json") == {}
+    assert routes.read(cache) == {}
 
 
 # --- the choice --------------------------------------------------------------------------------------------------
@@ -148,8 +148,8 @@ def test_the_faster_runs_where_it_was_measured(cache: Path, library: float, trit
 
 @pytest.mark.parametrize(("cuda", "fastest"), [(0.5e-5, "cuda"), (1e-5, "triton"), (3e-5, "triton")])
 def test_cuda_kernels_run_where_they_were_measured_to_be_the_fastest(cache: Path, cuda: float, fastest: str) -> None:
-    key = measured.linear_key(*SHAPE, torch.bfloat16, False)
-    measured.write(measured.path_of(0), {key: Measurement(2e-5, 1e-5, LAUNCH, cuda, "128x256x64 cooperative")})
+    key = routes.linear_key(*SHAPE, torch.bfloat16, False)
+    routes.write(routes.path_of(0), {key: Measurement(2e-5, 1e-5, LAUNCH, cuda, "128x256x64 cooperative")})
     route = _route()
     assert (route.name, route.tile) == (fastest, "128x256x64 cooperative")
     assert route.reason.endswith(f"Triton 10.0 us, CUDA {cuda * 1e6:.1f} us")
@@ -194,23 +194,23 @@ def test_what_is_measured_in_this_process_counts_at_once(cache: Path) -> None:
     assert _route()[0] == "triton"
 
 
-@pytest.mark.parametrize("changed", ["tuning.py", "triton/linear.py", "triton/functions.py"])
+@pytest.mark.parametrize("changed", ["launches.py", "triton/linear.py", "triton/functions.py"])
 def test_measurements_of_other_sources_do_not_count(
     cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     _measure(2.0, 1.0)
-    before = measured.path_of(0)
+    before = routes.path_of(0)
     package = tmp_path_factory.mktemp("package") / "ia3_kernels"
     shutil.copytree(Path(target.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     monkeypatch.setattr(target, "__file__", str(package / "target.py"))
     target.kernel_sources.cache_clear()
     try:
-        assert measured.path_of(0) == before
+        assert routes.path_of(0) == before
         with (package / changed).open("a", encoding="utf-8") as source:
             source.write("# another\n")
         target.kernel_sources.cache_clear()
-        measured.of_device.cache_clear()
-        assert measured.path_of(0) != before
+        routes.of_device.cache_clear()
+        assert routes.path_of(0) != before
         assert _route()[0] == "library"
     finally:
         target.kernel_sources.cache_clear()
@@ -241,8 +241,8 @@ def _is_power_of_two(n: int) -> bool:
 
 @given(sizes, sizes, element_sizes, st.booleans())
 def test_activation_launches_are_fit_for_any_shape(rows: int, cols: int, element_size: int, is_backward: bool) -> None:
-    launch = tuning.activation_launch(rows, cols, element_size, is_backward)
-    assert launch == tuning.activation_launch(rows, cols, element_size, is_backward)
+    launch = launches.activation_launch(rows, cols, element_size, is_backward)
+    assert launch == launches.activation_launch(rows, cols, element_size, is_backward)
     assert all(map(_is_power_of_two, (launch.BLOCK_M, launch.BLOCK_N, launch.CHUNK, launch.num_warps)))
     assert launch.BLOCK_M * launch.BLOCK_N <= TRITON_MAX_ELEMENTS
     assert launch.CHUNK % launch.BLOCK_M == 0  # or a chunk's last tile would sum rows of the next
@@ -251,8 +251,8 @@ def test_activation_launches_are_fit_for_any_shape(rows: int, cols: int, element
 
 @given(sizes, sizes, element_sizes)
 def test_weight_launches_are_fit_for_any_shape(rows: int, cols: int, element_size: int) -> None:
-    launch = tuning.weight_launch(rows, cols, element_size)
-    assert launch == tuning.weight_launch(rows, cols, element_size)
+    launch = launches.weight_launch(rows, cols, element_size)
+    assert launch == launches.weight_launch(rows, cols, element_size)
     assert all(map(_is_power_of_two, (launch.BLOCK_M, launch.BLOCK_N, launch.num_warps)))
     assert launch.BLOCK_M * launch.BLOCK_N <= TRITON_MAX_ELEMENTS
 
@@ -276,8 +276,8 @@ def test_matmul_launches_are_fit_for_any_shape(
     has_prologue: bool,
 ) -> None:
     args = (rows, outputs, inputs, element_size, architecture, is_aligned, has_prologue)
-    launch = tuning.linear_launch(*args)
-    assert launch == tuning.linear_launch(*args)
+    launch = launches.linear_launch(*args)
+    assert launch == launches.linear_launch(*args)
     tile = (launch.BLOCK_M, launch.BLOCK_N, launch.BLOCK_K)
     assert all(map(_is_power_of_two, (*tile, launch.SPLIT_K, launch.GROUP_M, launch.num_warps)))
     assert min(tile) >= 16  # what a matmul instruction takes
@@ -301,9 +301,9 @@ def test_matmul_launches_are_fit_for_any_shape(
 def test_a_launch_that_no_kernel_could_have_is_not_read(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "device.json"
     launch = LinearLaunch(64, 64, 64, 1, 8, False, 4, 3)
-    measured.write(path, {"key": measured.Measurement(1.0, 2.0, launch)})
-    assert measured.read(path)["key"].launch == launch
+    routes.write(path, {"key": routes.Measurement(1.0, 2.0, launch)})
+    assert routes.read(path)["key"].launch == launch
     content = json.loads(path.read_text())
     content["measurements"]["key"]["launch"] |= change
     path.write_text(json.dumps(content))
-    assert measured.read(path) == {}
+    assert routes.read(path) == {}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import matmul, target
-from .measured import Measurement
-from .tuning import Architecture, LinearLaunch, linear_launch
+from .launches import Architecture, LinearLaunch, linear_launch
+from .routes import Measurement
 
 
 def launches(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from . import target
-from .tuning import LinearLaunch
+from .launches import LinearLaunch
 
 
 @dataclass(frozen=True)
