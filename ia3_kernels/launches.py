@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# So many rows are padded to one tile of the tensor cores: the weight is streamed once, and all else is small.
+FEW_ROWS = 16
+
 
 @dataclass(frozen=True)
 class ActivationLaunch:
@@ -105,18 +108,17 @@ def linear_launch(
     element_size: int,
     architecture: Architecture,
     is_aligned: bool,
-    has_prologue: bool = False,
 ) -> LinearLaunch:
     """Tiles for ``[rows, inputs] x [inputs, outputs]``.
 
-    is_aligned: addresses and rows of both are on 16 bytes. has_prologue: inputs are scaled, or rows have adapters.
+    is_aligned: addresses and rows of both are on 16 bytes.
 
     Up to 16 rows the weight is streamed once and K is split until every multiprocessor has two programs. More rows take
     the largest tile that still fills the device once; what does not fill it splits K.
     """
     if element_size == 4:  # TF32 would not be fp32: full-precision dots have small tiles
         block_m, block_n, block_k, warps, stages = _power_of_two(rows, 16, 64), 64, 32, 8 if rows > 32 else 4, 2
-    elif rows <= 16:
+    elif rows <= FEW_ROWS:
         block_m, block_n, block_k, warps, stages = 16, 32, 256 if is_aligned else 64, 4, 3
     elif not is_aligned:  # every element has its own address and mask, in registers
         block_m, block_n, block_k, warps, stages = 64, 64, 32, 8, 2
@@ -127,18 +129,18 @@ def linear_launch(
     else:
         block_m, block_n, block_k, warps, stages = 128, 128, 64 if architecture.has_tma else 32, 8, 3
         # 256 columns leave no registers for anything but the sums, and half as many tiles.
-        if architecture.has_warpgroup_matmul and not has_prologue:
+        if architecture.has_warpgroup_matmul:
             fills_device = -(-rows // 128) * -(-outputs // 256) >= architecture.multiprocessors
             block_n = 256 if fills_device else 128
-    use_tma = is_aligned and architecture.has_tma and rows > 16
+    use_tma = is_aligned and architecture.has_tma and rows > FEW_ROWS
     if architecture.backend == "hip":
         stages = 2
-    # A stage holds both operands, and the scales of the inputs; pointers need one buffer less than stages.
-    stage = (block_m + block_n) * block_k * element_size + (4 * block_m * block_k if has_prologue else 0)
+    # A stage holds both operands; pointers need one buffer less than stages.
+    stage = (block_m + block_n) * block_k * element_size
     stages = min(stages, architecture.shared_memory // stage + (0 if use_tma else 1))
     tiles = -(-rows // block_m) * -(-outputs // block_n)
     steps = -(-inputs // block_k)
-    wanted = 2 * architecture.multiprocessors if rows <= 16 else architecture.multiprocessors
+    wanted = 2 * architecture.multiprocessors if rows <= FEW_ROWS else architecture.multiprocessors
     # Every part is at least three steps long, or the pipeline never fills. A power of two: each value is a program to
     # compile, and the number of rows changes from step to step.
     split_k = 1 << max(1, min(wanted // tiles, steps // 3, 16)).bit_length() - 1

@@ -1,48 +1,103 @@
-"""What ``ia3 tune`` measured on this user's device: which route a matmul takes, and with which launch.
+"""Which way a matmul with a scale takes on a GPU: the library and a pass, a Triton kernel, or a CUDA kernel.
 
-One small JSON file a device, versions of torch and Triton, and hash of the kernels' sources: what changes any of them
-starts afresh. Nothing is ever measured inside of a user's step; where nothing was measured, the library is used.
+Who knows, in this order: ``IA3_GPU_MATMUL``; what ``ia3 tune`` measured on this very device, for the same weight and a
+similar number of rows; the figures that come with the package (``routes_sm90.json``: one H100), of the shape that is
+nearest. Where nobody does it is the library. Nothing is ever measured inside of a user's step.
+
+``ia3 tune`` keeps one small JSON file for each device, versions of torch and Triton, and sources of the kernels.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import target
-from .launches import LinearLaunch
+from .launches import FEW_ROWS, LinearLaunch
+
+# Seconds of the host for a kernel that Python launches with Triton, and so the least that a call by it takes outside of
+# a CUDA graph. 70 to 100 us on the H100's host, where the library and a pass take 36 (bench/results).
+TRITON_LAUNCH = 100e-6
+# Measurements of a weight answer for four times as few or as many rows.
+_OCTAVES = 2
+
+
+@dataclass(frozen=True, order=True)
+class Product:
+    """A matmul with a scale, ``[rows, inputs] x [inputs, outputs]``, as far as its time depends on it.
+
+    side: ``input`` or ``output``, where the scale is; with one on either side ``output``. element_size: bytes.
+    is_transposed: the weight lies in memory as ``[inputs, outputs]``, a Conv1D's.
+    """
+
+    side: str
+    rows: int
+    outputs: int
+    inputs: int
+    element_size: int
+    is_transposed: bool
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two products share if one's measurements say anything about the other: kernels differ with few rows."""
+        return self.side, self.element_size, self.is_transposed, self.rows <= FEW_ROWS
+
+    def octaves(self, other: Product) -> float:
+        """How far another product is: the distance of (rows, outputs, inputs), in powers of two."""
+        sizes = zip((self.rows, self.outputs, self.inputs), (other.rows, other.outputs, other.inputs), strict=True)
+        return math.hypot(*(math.log2(max(mine, 1) / max(its, 1)) for mine, its in sizes))
+
+
+def counted(rows: int) -> int:
+    """Return the rows that a choice is made for: up to FEW_ROWS these, more rounded up to three leading bits.
+
+    Lengths that change from step to step so share a choice, whichever of them comes first.
+    """
+    unit = 1 if rows <= FEW_ROWS else 1 << (rows.bit_length() - 3)
+    return -(-rows // unit) * unit
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians in seconds of a ``scaled_linear`` with an output scale.
+    """Medians in seconds, of what runs on the GPU; None for a kernel that does not take the product, or is not there.
 
-    library: the library's product, and a pass over the output. triton, launch: the fastest launch of our Triton kernel.
-    cuda, tile: the fastest tile of our CUDA kernels; None where they do not take the shape, or are not built.
+    library: the library's product, and a pass over its output (output side) or over the input before it. triton,
+    launch: the fastest launch of the Triton kernel. cuda, tile: the fastest tile of the CUDA matmul.
     """
 
     library: float
-    triton: float
-    launch: LinearLaunch
+    triton: float | None = None
+    launch: LinearLaunch | None = None
     cuda: float | None = None
-    tile: str = "auto"
+    tile: str | None = None
 
-    @property
-    def route(self) -> str:
-        """The fastest; the library where it is as fast as ours."""
-        times = {"library": self.library, "triton": self.triton}
-        if self.cuda is not None:
-            times["cuda"] = self.cuda
-        return min(times, key=lambda name: times[name])
+    def fastest(self, available: Collection[str], is_captured: bool) -> str:
+        """Return the name of the fastest route of those that are available; the library's where another is as fast.
+
+        is_captured: the host's time does not count, as in a CUDA graph.
+        """
+        times = {"library": self.library, "cuda": self.cuda, "triton": self.triton}
+        if self.triton is not None and not is_captured:
+            times["triton"] = max(self.triton, TRITON_LAUNCH)
+        known = {name: time for name, time in times.items() if time is not None and name in {"library", *available}}
+        return min(known, key=lambda name: known[name])
+
+    def __str__(self) -> str:
+        times = {"library": self.library, "Triton": self.triton, "CUDA": self.cuda}
+        return ", ".join(f"{name} {time * 1e6:.1f} us" for name, time in times.items() if time is not None)
+
+
+Measurements = Mapping[Product, Measurement]
 
 
 class Route(NamedTuple):
@@ -51,39 +106,60 @@ class Route(NamedTuple):
     name: str
     reason: str
     launch: LinearLaunch | None = None
-    tile: str = "auto"
+    tile: str | None = None
 
 
-def linear_key(rows: int, outputs: int, inputs: int, dtype: torch.dtype, is_transposed: bool) -> str:
-    """What measurements are filed under. Rows count in powers of two; outputs and inputs are a model's, and exact."""
-    bucket = 1 << max(rows - 1, 0).bit_length()
-    layout = "in x out" if is_transposed else "out x in"
-    return f"scaled_linear {str(dtype).removeprefix('torch.')} rows {bucket} {layout} {outputs} x {inputs}"
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def identity(index: int) -> dict[str, str]:
+    """What measurements of the GPU with this index hold for."""
+    return {
+        "device": torch.cuda.get_device_name(index),
+        "torch": str(torch.__version__),
+        "Triton": target.version("triton") or "none",
+        "kernels": target.kernel_sources(),
+    }
 
 
 def path_of(index: int) -> Path:
-    """The file of the GPU with this index."""
-    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(index)).strip("-").lower()
-    versions = f"torch{torch.__version__}-triton{target.version('triton')}"
-    return target.cache_folder() / f"{name}-{re.sub(r'[^0-9a-z.]+', '-', versions)}-{target.kernel_sources()}.json"
+    """The file of ``ia3 tune`` for the GPU with this index."""
+    device, torch_version, triton_version, kernels = identity(index).values()
+    name = re.sub(r"\W+", "-", device).strip("-").lower()
+    versions = re.sub(r"[^0-9a-z.]+", "-", f"torch{torch_version}-triton{triton_version}")
+    return target.cache_folder() / f"{name}-{versions}-{kernels}.json"
 
 
-def read(path: Path) -> dict[str, Measurement]:
-    """The measurements of a file; none where there is no file, or one that cannot be understood."""
+def read(path: Path, wanted: Mapping[str, str] | None = None) -> Measurements:
+    """Return the measurements of a file.
+
+    Raises ValueError with the reason where it cannot be understood, or is not of the ``wanted`` device and versions.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
-        return {
-            key: Measurement(
-                float(entry["library"]),
-                float(entry["triton"]),
-                _launch(entry["launch"]),
-                None if entry["cuda"] is None else float(entry["cuda"]),
-                str(entry["tile"]),
-            )
-            for key, entry in content["measurements"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        facts, entries = content["of"], content["measurements"]
+        measurements = dict(_entry(entry) for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it cannot be read ({type(error).__name__}: {error}); run ia3 tune again") from error
+    for name, fact in (wanted or {}).items():
+        if facts.get(name) != fact:
+            raise ValueError(f"it was measured with {name} {facts.get(name)}, and here is {fact}")
+    return measurements
+
+
+def _entry(content: Mapping[str, Any]) -> tuple[Product, Measurement]:
+    """A product and its measurement; raises ValueError for what nobody could have measured."""
+    launch = content["launch"]
+    sizes = [content[name] for name in ("rows", "outputs", "inputs", "element_size")]
+    times = [content[name] for name in ("library", "triton", "cuda")]
+    if content["side"] not in ("input", "output") or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"there is no product {content}")
+    if times[0] is None or not all(time is None or (type(time) is float and 0 < time < math.inf) for time in times):
+        raise ValueError(f"its times are {times}")
+    rows, outputs, inputs, element_size = sizes
+    product = Product(content["side"], rows, outputs, inputs, element_size, bool(content["is_transposed"]))
+    tile = None if content["tile"] is None else str(content["tile"])
+    return product, Measurement(times[0], times[1], None if launch is None else _launch(launch), times[2], tile)
 
 
 def _launch(content: Mapping[str, object]) -> LinearLaunch:
@@ -95,36 +171,106 @@ def _launch(content: Mapping[str, object]) -> LinearLaunch:
     return LinearLaunch(**values)  # type: ignore[arg-type]
 
 
-def write(path: Path, measurements: Mapping[str, Measurement]) -> None:
-    """Replace the file by one that holds these; a reader sees the old one or the new one."""
-    content = {"measurements": {key: asdict(measurements[key]) for key in sorted(measurements)}}
+def write(path: Path, facts: Mapping[str, str], measurements: Measurements) -> None:
+    """Replace the file by one that holds these, a line each; a reader sees the old one or the new one."""
+    entries = [json.dumps(asdict(product) | asdict(measurements[product])) for product in sorted(measurements)]
+    content = f'{{"of": {json.dumps(dict(facts))},\n"measurements": [\n' + ",\n".join(entries) + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+        file.write(content)
     os.replace(scratch, path)
-    of_device.cache_clear()
+    tuned.cache_clear()
 
 
 @functools.cache
-def of_device(index: int) -> Mapping[str, Measurement]:
-    """The measurements of the GPU with this index, read once."""
-    return read(path_of(index))
+def tuned(index: int) -> Measurements:
+    """What ``ia3 tune`` measured on the GPU with this index, read once; nothing where the file cannot be used."""
+    try:
+        return read(path_of(index), identity(index))
+    except ValueError:
+        return {}
+
+
+@functools.cache
+def shipped(capability: int) -> Measurements:
+    """The package's figures for GPUs of this compute capability (90 for 9.0); nothing for those that it has not."""
+    path = Path(__file__).with_name(f"routes_sm{capability}.json")
+    return read(path) if path.is_file() else {}
+
+
+def report(index: int | None) -> dict[Path, str]:
+    """Say of each file of ``ia3 tune`` in the cache folder whether the GPU's matmuls go by it, or why not."""
+    said = {}
+    for path in sorted(target.cache_folder().glob("*.json")):
+        try:
+            if index is None:
+                raise ValueError("there is no GPU that torch can use")
+            said[path] = f"used: {len(read(path, identity(index)))} products"
+        except ValueError as error:
+            said[path] = f"ignored, because {error}"
+    return said
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def nearest(product: Product, measurements: Measurements) -> Product | None:
+    """The product among those measured that is the nearest of its kind; None where there is none of it."""
+    alike = [other for other in measurements if other.kind == product.kind]
+    return min(alike, key=product.octaves, default=None)
+
+
+def available() -> frozenset[str]:
+    """Which routes there are here beside the library."""
+    has = {
+        "triton": target.triton_problem() is None,
+        "cuda": target.cuda_problem() is None and bool(target.hopper_tiles()),
+    }
+    return frozenset(name for name, is_there in has.items() if is_there)
+
+
+def _known(index: int | None, product: Product) -> tuple[Measurement | None, str]:
+    """The measurement that answers for a product, and where it comes from in words."""
+    if index is None:
+        return None, "not measured for tensors of a CPU"
+    same = {
+        other: measurement
+        for other, measurement in tuned(index).items()
+        if (other.outputs, other.inputs) == (product.outputs, product.inputs) and product.octaves(other) <= _OCTAVES
+    }
+    found = nearest(product, same)
+    if found is not None:
+        return same[found], f"measured by ia3 tune with {found.rows} rows"
+    architecture = target.architecture(index)
+    figures = shipped(architecture.capability) if architecture.backend == "cuda" else {}
+    found = nearest(product, figures)
+    if found is not None:
+        shape = f"{found.rows} rows of {found.outputs} x {found.inputs}"
+        return figures[found], f"nearest of the package's figures, {shape}"
+    return None, "not measured for this product and device (ia3 tune does)"
 
 
 def linear_route(
-    index: int | None, rows: int, outputs: int, inputs: int, dtype: torch.dtype, is_transposed: bool
+    index: int | None, product: Product, available: Collection[str], is_captured: bool, has_adapters: bool = False
 ) -> Route:
-    """The route of this product."""
+    """Return the route of a product on the GPU with this index.
+
+    available: the routes beside the library that could be taken. is_captured: as for :meth:`Measurement.fastest`.
+    has_adapters: rows have scales of their own. Those, and scaled inputs, are the Triton kernel's with few rows only:
+    with many its way of scaling the input took twice the library's time wherever it was measured.
+
+    Raises ValueError or RuntimeError for a route that ``IA3_GPU_MATMUL`` asks for and that is none, or cannot run.
+    """
     wanted = target.gpu_matmul()
-    key = linear_key(rows, outputs, inputs, dtype, is_transposed)
-    found = of_device(index).get(key) if index is not None else None
-    known = {} if found is None else {"launch": found.launch, "tile": found.tile}
+    found, source = _known(index, product)
+    launch, tile = (None, None) if found is None or has_adapters else (found.launch, found.tile)
+    is_plain = product.side == "output" and not has_adapters
+    takes = {name for name in available if name != "triton" or is_plain or product.rows <= FEW_ROWS}
     if wanted != "auto":
-        return Route(wanted, f"asked for by {target.GPU_MATMUL_VARIABLE}={wanted}", **known)  # type: ignore[arg-type]
+        name = wanted if wanted in {"library", *takes} else "library"
+        reason = f"asked for by {target.GPU_MATMUL_VARIABLE}={wanted}"
+        return Route(name, reason if name == wanted else f"{reason}, which does not take this product", launch, tile)
     if found is None:
-        return Route("library", "not measured for this shape and device (ia3 tune does)")
-    times = f"library {found.library * 1e6:.1f} us, Triton {found.triton * 1e6:.1f} us"
-    if found.cuda is not None:
-        times += f", CUDA {found.cuda * 1e6:.1f} us"
-    return Route(found.route, f"measured: {times}", found.launch, found.tile)
+        return Route("library", source)
+    return Route(found.fastest(takes, is_captured), f"{source}: {found}", launch, tile)

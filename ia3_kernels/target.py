@@ -148,6 +148,12 @@ def hopper_tiles() -> list[str]:
     return list(kernels.hopper_tiles()) if isinstance(kernels, ModuleType) else []
 
 
+def hopper_tile(name: str | None) -> int:
+    """Return the number of a tile of the Hopper matmul; of the smallest where there is none of that name."""
+    tiles = hopper_tiles()
+    return tiles.index(name) if name in tiles else len(tiles) - 1
+
+
 def version(distribution: str) -> str | None:
     """The installed version of a distribution, or None."""
     try:

@@ -1,17 +1,21 @@
-"""Measures, for ``ia3 tune`` and never on its own: the library's matmul against launches of ours, on a GPU."""
+"""Measures, for ``ia3 tune`` and never on its own: the library's matmul against the kernels there are, on a GPU."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import matmul, target
-from .launches import Architecture, LinearLaunch, linear_launch
-from .routes import Measurement
+from . import matmul, routes, target
+from .launches import FEW_ROWS, Architecture, LinearLaunch, linear_launch
+from .routes import Measurement, Product
+
+Scales = tuple[Tensor | None, Tensor | None]  # of the input, of the output
 
 
 def launches(
@@ -22,7 +26,7 @@ def launches(
     tiles = [(first.BLOCK_M, first.BLOCK_N, first.BLOCK_K)]
     warps: tuple[int, ...] = (4,)
     stages = (3, 4)
-    if rows <= 16:
+    if rows <= FEW_ROWS:
         tiles += [(first.BLOCK_M, n, k) for n in (16, 32, 64) for k in (128, 256)]
     elif element_size == 4:
         tiles += [(first.BLOCK_M, 64, 32), (first.BLOCK_M, 128, 16)]
@@ -39,72 +43,97 @@ def launches(
 
 
 def _median(function: Callable[[], object]) -> float:
-    """Seconds of one call, with cold caches."""
-    from triton.testing import do_bench
+    """Seconds of one call on the GPU, with cold caches: the median of 50, with what the host takes hidden."""
+    cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # more than any level of cache holds
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(60)]
+    for start, end in events:
+        cache.zero_()  # takes longer than the host does for the call
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(start.elapsed_time(end) for start, end in events[10:])) * 1e-3
 
-    return float(do_bench(function, warmup=10, rep=40, return_mode="median")) * 1e-3
 
+def measure_linear(index: int, product: Product, dtype: torch.dtype) -> Measurement:
+    """Time ``scaled_linear`` with one scale on the GPU ``index``; launches that it refuses are left out.
 
-def measure_linear(
-    index: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype, is_transposed: bool
-) -> Measurement:
-    """Times ``scaled_linear`` with an output scale on the GPU ``index``; launches that it refuses are left out.
+    What training runs where a gradient of the scale is recorded is not measured: the product is kept there, and the
+    library with a pass is the only way to have it (``linear`` in csrc/torch/cuda.cpp).
 
-    Raises RuntimeError if a launch computes something else than the library: then nothing of it can be trusted.
+    Raises RuntimeError if a kernel computes something else than the library: then nothing of it can be trusted.
     """
-    from triton.runtime.errors import OutOfResources
-
-    from .triton import activation, linear
-
     device = torch.device("cuda", index)
-    x = torch.randn(rows, inputs, device=device, dtype=dtype)
-    stored = torch.randn(*((inputs, outputs) if is_transposed else (outputs, inputs)), device=device) / inputs**0.5
-    weight = stored.to(dtype).t() if is_transposed else stored.to(dtype)
-    scale = torch.rand(outputs, device=device) + 0.5
-    architecture = target.architecture(index)
-
-    def run_library() -> Tensor:
-        return matmul.library(activation.forward, x, weight, None, None, scale)
-
+    x = torch.randn(product.rows, product.inputs, device=device, dtype=dtype)
+    shape = (product.inputs, product.outputs) if product.is_transposed else (product.outputs, product.inputs)
+    stored = (torch.randn(*shape, device=device) / product.inputs**0.5).to(dtype)
+    weight = stored.t() if product.is_transposed else stored
+    scale = torch.rand(product.inputs if product.side == "input" else product.outputs, device=device) + 0.5
+    scales = (scale, None) if product.side == "input" else (None, scale)
+    run_library = _library(x, weight, scales)
     expected = run_library()
-    library = _median(run_library)
-    best: tuple[float, LinearLaunch] | None = None
-    can_use_tma = x.stride(0) * x.element_size() % 16 == 0 and stored.stride(0) * x.element_size() % 16 == 0
-    for launch in launches(rows, outputs, inputs, x.element_size(), architecture, can_use_tma):
-
-        def run(launch: LinearLaunch = launch) -> Tensor:
-            return linear.matmul(x, weight, None, None, scale, architecture=architecture, launch=launch)
-
-        try:
-            result = run()
-        except OutOfResources:  # more shared memory or registers than this device has
+    fastest: dict[str, tuple[float, Any]] = {}
+    for route, label, run in _candidates(product, x, weight, scales):
+        result = run()
+        if result is None:  # more shared memory or registers than this device has; not for these operands
             continue
-        _check(result, expected, f"Triton with {launch}", inputs)
+        _check(result, expected, f"{route} with {label}", product.inputs)
         seconds = _median(run)
-        if best is None or seconds < best[0]:
-            best = seconds, launch
-    if best is None:
-        raise RuntimeError(f"no launch of scaled_linear runs on this device for {rows} rows, {outputs} x {inputs}.")
-    fastest: tuple[float, str] | None = None
-    for number, tile in enumerate(target.hopper_tiles() if rows > 16 and target.cuda_problem() is None else []):
-
-        def run_cuda(number: int = number) -> Tensor | None:
-            return hopper_linear(x, weight, scale, number)
-
-        taken = run_cuda()
-        if taken is None:
-            continue
-        _check(taken, expected, f"CUDA with tile {tile}", inputs)
-        seconds = _median(run_cuda)
-        if fastest is None or seconds < fastest[0]:
-            fastest = seconds, tile
-    return Measurement(library, *best, *(fastest or ()))
+        if route not in fastest or seconds < fastest[route][0]:
+            fastest[route] = seconds, label
+    nothing = (None, None)
+    return Measurement(_median(run_library), *fastest.get("triton", nothing), *fastest.get("cuda", nothing))
 
 
-def hopper_linear(x: Tensor, weight: Tensor, output_scale: Tensor | None, tile: int = -1) -> Tensor | None:
-    """Compute ``(x Wᵀ) ∘ s`` with one of the CUDA matmul's tiles, -1 for its own choice; None where it declines."""
+def _library(x: Tensor, weight: Tensor, scales: Scales) -> Callable[[], Tensor]:
+    """The library's route as the backend that would run takes it, with its own pass."""
+    if target.cuda_problem() is None:
+        native: Any = target.native_library()
+        return lambda: native.cuda.scaled_linear(x, weight, *scales, -1)
+    from .triton import activation
+
+    return lambda: matmul.library(activation.forward, x, weight, None, *scales)
+
+
+def _candidates(
+    product: Product, x: Tensor, weight: Tensor, scales: Scales
+) -> Iterator[tuple[str, Any, Callable[[], Tensor | None]]]:
+    """The kernels that may take a product: the route, the launch or tile, and a call that gives None if it does not."""
+    is_few = product.rows <= FEW_ROWS
+    if target.triton_problem() is None and (is_few or product.side == "output"):
+        from triton.runtime.errors import OutOfResources
+
+        from .triton import linear
+
+        architecture = target.architecture(x.device.index)
+        stored = weight.t() if product.is_transposed else weight
+        can_use_tma = all(matrix.stride(0) * matrix.element_size() % 16 == 0 for matrix in (x, stored))
+        sizes = (product.rows, product.outputs, product.inputs)
+        for launch in launches(*sizes, x.element_size(), architecture, can_use_tma):
+
+            def run_triton(launch: LinearLaunch = launch) -> Tensor | None:
+                try:
+                    return linear.matmul(x, weight, None, *scales, architecture=architecture, launch=launch)
+                except OutOfResources:
+                    return None
+
+            yield "triton", launch, run_triton
+    if target.cuda_problem() is None and not is_few:
+        native: Any = target.native_library()
+        for number, tile in enumerate(target.hopper_tiles()):
+            yield "cuda", tile, functools.partial(native.cuda.scaled_linear, x, weight, *scales, number)
+
+
+def hopper_linear(x: Tensor, weight: Tensor, output_scale: Tensor | None, tile: str | None = None) -> Tensor | None:
+    """Compute ``(x Wᵀ) ∘ s`` by the CUDA matmul; None where it declines.
+
+    tile: one of those of :func:`~ia3_kernels.target.hopper_tiles`; by default the one that is known to be the fastest.
+    """
+    if tile is None:
+        product = matmul.product_of(x, weight, "output")
+        tile = routes.linear_route(x.device.index, product, ("cuda",), is_captured=True).tile
     native: Any = target.native_library()
-    result: Tensor | None = native.cuda.hopper_linear(x, weight, None, output_scale, tile)
+    result: Tensor | None = native.cuda.scaled_linear(x, weight, None, output_scale, target.hopper_tile(tile))
     return result
 
 

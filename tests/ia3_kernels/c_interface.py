@@ -117,5 +117,4 @@ class HopperLinearArgs(ctypes.Structure):
         ("x_stride", ctypes.c_int64),
         ("output", LinearOutput),
         ("tile", ctypes.c_int),
-        ("workspace", ctypes.c_void_p),
     ]

@@ -1,4 +1,4 @@
-"""What the Hopper matmul does before it launches: its refusals, its choice among tiles, the order of tiles.
+"""What the Hopper matmul does before it launches: its refusals, the kernel of each tile, the order of tiles.
 
 `csrc/cuda/hopper_dispatch.cpp` is compiled here, in a second or two, against a CUDA runtime and kernels that only note
 how they were called.
@@ -31,7 +31,7 @@ from .c_interface import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-H100, H200_SLICE, A100, B200, BROKEN = range(5)  # devices of the runtime below
+H100, A100, B200, BROKEN = range(4)  # devices of the runtime below
 
 RUNTIME = """
 #pragma once
@@ -39,12 +39,12 @@ enum cudaError_t { cudaSuccess, cudaErrorUnknown };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMultiProcessorCount };
 struct Device { int facts[3]; };
-inline const Device devices[] = {{{9, 0, 132}}, {{9, 0, 66}}, {{8, 0, 108}}, {{10, 0, 148}}};
+inline const Device devices[] = {{{9, 0, 132}}, {{8, 0, 108}}, {{10, 0, 148}}};
 extern "C" { inline int current_device = 0; inline int questions = 0; }
 inline cudaError_t cudaGetDevice(int* device) { *device = current_device; return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* answer, cudaDeviceAttr attribute, int device) {
   ++questions;
-  if (device >= 4) return cudaErrorUnknown;
+  if (device >= 3) return cudaErrorUnknown;
   *answer = devices[device].facts[attribute];
   return cudaSuccess;
 }
@@ -63,10 +63,6 @@ static char sentence[256];
 const char* ia3_last_error() { return sentence; }
 }
 namespace ia3::cuda {
-template <int kTile, ia3_dtype kDType>
-size_t HopperKernel<kTile, kDType>::workspace(const ia3_hopper_linear_args&, const HopperLaunch&) {
-  return kHopperTiles[kTile].schedule == Schedule::kStreamK ? 4096 : 0;
-}
 template <int kTile, ia3_dtype kDType>
 ia3_status HopperKernel<kTile, kDType>::run(const ia3_hopper_linear_args&, const HopperLaunch& launch, ia3_stream) {
   const int noted[] = {kTile, kDType, launch.multiprocessors, launch.swizzle};
@@ -95,7 +91,6 @@ class Hopper:
         self.library = ctypes.CDLL(str(path))
         self.library.ia3_last_error.restype = ctypes.c_char_p
         self.library.ia3_cuda_hopper_tiles.restype = ctypes.POINTER(ctypes.c_char_p)
-        self.library.ia3_cuda_hopper_linear_workspace.restype = ctypes.c_size_t
         assert ctypes.c_size_t.in_dll(self.library, "args_size").value == ctypes.sizeof(HopperLinearArgs)
         names = itertools.takewhile(lambda name: name, self.library.ia3_cuda_hopper_tiles())
         self.tiles = [name.decode() for name in names if name]
@@ -111,9 +106,6 @@ class Hopper:
         noted[:] = [-1] * 4
         status = self.library.ia3_cuda_hopper_linear(ctypes.byref(args) if args else None, None)
         return status, None if noted[0] < 0 else tuple(noted)
-
-    def workspace(self, args: HopperLinearArgs) -> int:
-        return int(self.library.ia3_cuda_hopper_linear_workspace(ctypes.byref(args)))
 
     def sentence(self) -> str:
         return str(self.library.ia3_last_error().decode())
@@ -155,7 +147,7 @@ def _args(rows: int = 512, out: int = 1024, inputs: int = 3072, **changes: Any) 
     memory = 1 << 20  # addresses, which nothing here reads
     scale = Scale(memory, None, 0)
     output = LinearOutput(out, memory, inputs, memory, scale, memory, out)
-    args = HopperLinearArgs(BFLOAT16, rows, inputs, memory, inputs, output, -1, memory)
+    args = HopperLinearArgs(BFLOAT16, rows, inputs, memory, inputs, output, 0)
     for name, value in changes.items():
         owner = next(owner for owner in (args.output.scale, args.output, args) if hasattr(owner, name))
         setattr(owner, name, value)
@@ -171,7 +163,7 @@ ROWS = [512, 1024, 2048, 4096, 8192, 16384]
 
 
 def _extent(name: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)x64 (cooperative|pingpong|stream-k)", name)
+    match = re.fullmatch(r"(\d+)x(\d+)x64 (cooperative|pingpong)", name)
     assert match, name
     return int(match[1]), int(match[2])
 
@@ -184,34 +176,7 @@ def _tiles(name: str, rows: int, out: int, swizzle: int = 1) -> int:
     return down * across
 
 
-def test_every_tile_is_the_choice_for_some_matrix_of_llama(hopper: Hopper) -> None:
-    chosen = {hopper.launch(_args(rows, *matrix))[0] for rows in ROWS for matrix in MATRICES}
-    assert chosen == set(range(len(hopper.tiles)))
-
-
-@pytest.mark.parametrize(
-    ("rows", "out", "inputs", "tile"),
-    [
-        (512, 1024, 3072, "64x128x64 pingpong"),  # 64 tiles; of 128x128, 32
-        (1024, 1024, 4096, "64x128x64 pingpong"),  # 128 tiles for 132 multiprocessors
-        (2048, 1024, 4096, "128x128x64 pingpong"),  # 128 tiles; 64 of the largest
-        (4096, 1024, 3072, "128x256x64 cooperative"),  # 128 of the largest
-        (16384, 14336, 4096, "128x256x64 cooperative"),
-        (512, 3072, 8192, "128x128x64 stream-k"),  # 96 tiles of 128 steps each
-    ],
-)
-def test_the_choice_fills_the_device(hopper: Hopper, rows: int, out: int, inputs: int, tile: str) -> None:
-    assert hopper.tiles[hopper.launch(_args(rows, out, inputs))[0]] == tile
-
-
-def test_the_choice_depends_on_the_device(hopper: Hopper) -> None:
-    shape = (2048, 1024, 4096)
-    assert hopper.tiles[hopper.launch(_args(*shape))[0]] == "128x128x64 pingpong"
-    hopper.use(H200_SLICE)  # half the multiprocessors: the largest tile fills them
-    assert hopper.tiles[hopper.launch(_args(*shape))[0]] == "128x256x64 cooperative"
-
-
-def test_a_tile_asked_for_by_number_is_taken(hopper: Hopper) -> None:
+def test_each_tile_and_type_has_its_kernel(hopper: Hopper) -> None:
     for tile, dtype in itertools.product(range(len(hopper.tiles)), (BFLOAT16, FLOAT16)):
         assert hopper.launch(_args(tile=tile, dtype=dtype))[:3] == (tile, dtype, 132)
 
@@ -237,7 +202,7 @@ def test_large_shapes_are_ordered_in_squares(hopper: Hopper) -> None:
         ({"dtype": 7}, INVALID, "dtype is 7"),
         ({"rows": -1}, INVALID, "rows, in, out are -1, 3072, 1024"),
         ({"tile": 99}, INVALID, "tile is 99"),
-        ({"tile": -2}, INVALID, "tile is -2"),
+        ({"tile": -1}, INVALID, "tile is -1"),
         ({"x": None}, INVALID, "x is null"),
         ({"weight": None}, INVALID, "weight is null"),
         ({"y": None}, INVALID, "y is null"),
@@ -268,7 +233,6 @@ def test_what_it_does_not_take(hopper: Hopper, changes: dict[str, Any], status: 
     assert words in sentence
     assert "expected" in sentence
     assert sentence.endswith(".")
-    assert hopper.workspace(args) == 0
 
 
 def test_without_cutlass_there_are_no_tiles(tmp_path: Path) -> None:
@@ -276,7 +240,6 @@ def test_without_cutlass_there_are_no_tiles(tmp_path: Path) -> None:
     assert hopper.tiles == []
     assert hopper.call(_args()) == (UNSUPPORTED, None)
     assert "built without CUTLASS" in hopper.sentence()
-    assert hopper.workspace(_args()) == 0
 
 
 def test_no_arguments(hopper: Hopper) -> None:
@@ -307,14 +270,3 @@ def test_the_device_is_asked_once(hopper: Hopper) -> None:
     assert asked
     hopper.launch(_args())
     assert hopper.questions() == asked
-
-
-@pytest.mark.parametrize("workspace", [None, 4096 + 8])
-def test_stream_k_needs_its_workspace(hopper: Hopper, workspace: int | None) -> None:
-    tile = hopper.tiles.index("128x128x64 stream-k")
-    assert hopper.workspace(_args(tile=tile)) == 4096
-    assert hopper.call(_args(tile=tile, workspace=workspace)) == (INVALID, None)
-    assert "expected 4096 bytes at a multiple of 16" in hopper.sentence()
-    for other in set(range(len(hopper.tiles))) - {tile}:
-        assert hopper.workspace(_args(tile=other)) == 0
-        assert hopper.call(_args(tile=other, workspace=workspace))[0] == OK
