@@ -150,45 +150,55 @@ def test_each_row_of_a_mixed_batch_is_what_it_is_alone(where: str) -> None:
 
 @torch.no_grad()
 def test_captured_decoding_runs_the_adapters_that_are_assigned() -> None:
-    """A graph that was captured with one mix decodes with another; on a CPU the same loop without a graph."""
+    """A graph that was captured with one mix decodes with others; on a CPU the same loop without a graph.
+
+    The names of each call, without a route or a graph, say what it should have computed.
+    """
     model = _named()
     ids = torch.randint(3, 64, (3, 6), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    mixes = [["first", "second", "__base__"], ["third", "__base__", "first"], ["second"] * 3]
+    mixes = [["first", "second", "__base__"], ["third", "__base__", "first"], ["second"] * 3, ["third"] * 3]
 
-    def decode(is_captured: bool) -> list[Tensor]:
+    def decoder() -> Callable[..., Tensor]:
         cache = transformers.StaticCache(model.config, max_cache_len=16)
-        token = ids[:, :1].clone()
 
-        def forward(tokens: Tensor) -> Tensor:
-            logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        def forward(tokens: Tensor, **names: Any) -> Tensor:
+            arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1, **names}
+            logits: Tensor = model(input_ids=tokens, **arguments).logits
             return logits
 
-        found = []
-        with model.route(mixes[0]) as route:
-            forward(ids)
-            forward(token)  # compiles and chooses, which a capture must not
-            step: Callable[[], Tensor] = lambda: forward(token)  # noqa: E731
-            if is_captured:
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    logits = forward(token)
+        return forward
 
-                def replay() -> Tensor:
-                    graph.replay()
-                    return logits
+    tokens = [ids[:, number : number + 1] for number in range(len(mixes))]
+    forward = decoder()
+    for prompt in (ids, tokens[0]):
+        forward(prompt, adapter_names=mixes[0])
+    expected = [forward(token, adapter_names=mix) for token, mix in zip(tokens, mixes, strict=True)]
 
-                step = replay
-            for number, mix in enumerate([*mixes, mixes[0]]):
-                route.assign(mix)
-                token.copy_(ids[:, number : number + 1])
-                found.append(step().clone())
-        return found
+    forward, token, found = decoder(), tokens[0].clone(), []
+    with model.route(mixes[0]) as route:
+        for prompt in (ids, token):  # compiles and chooses, which a capture must not
+            forward(prompt)
+        step = _captured(lambda: forward(token)) if DEVICE.type == "cuda" else lambda: forward(token)
+        for mix, new in zip(mixes, tokens, strict=True):
+            route.assign(mix)
+            token.copy_(new)
+            found.append(step().clone())
+    for number, (logits, others) in enumerate(zip(found, expected, strict=True)):
+        _assert_close({f"step {number}": logits}, {f"step {number}": others})
+    assert not torch.allclose(expected[-1], forward(tokens[-1], adapter_names=mixes[0]), rtol=1e-2)
 
-    expected = decode(False)
-    for found, logits in zip(decode(DEVICE.type == "cuda"), expected, strict=True):
-        _assert_close({"logits": found}, {"logits": logits})
-    assert not torch.allclose(expected[0], expected[-1])
+
+def _captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 # --- merging ------------------------------------------------------------------------------------------------------
