@@ -1,7 +1,5 @@
 // Which arguments the Hopper matmul takes, and in which order its tiles are computed. Plain C++: no kernel is in here.
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cinttypes>
 #include <utility>
 
@@ -16,27 +14,18 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // --- the order of tiles ----------------------------------------------------------------------------------------------
 
-struct Grid {
-  int64_t down, across;  // tiles, whole clusters
-  int64_t slots;         // thread blocks that run at a time: one a multiprocessor, in whole clusters
-
-  Grid(const HopperTile& tile, int64_t rows, int64_t outputs, int multiprocessors)
-      : down(round_up(ceil_div(rows, tile.rows), kHopperCluster)),
-        across(ceil_div(outputs, tile.outputs)),
-        slots(std::max(multiprocessors / kHopperCluster, 1) * kHopperCluster) {}
-
-  // With the padding to whole swizzles that CUTLASS adds to either side, and multiplies like the rest
-  int64_t tiles(int swizzle) const { return round_up(down, swizzle * kHopperCluster) * round_up(across, swizzle); }
-  int64_t waves(int swizzle) const { return ceil_div(tiles(swizzle), slots); }
-};
-
 // How many tiles wide the order of tiles runs down: a square of tiles shares more operands in the L2 cache than a
 // strip. The widest that costs no wave and little padding, whose tiles load operands like the others.
 int choose_swizzle(const HopperTile& tile, int64_t rows, int64_t outputs, int multiprocessors) {
-  const Grid grid(tile, rows, outputs, multiprocessors);
+  const int64_t down = round_up(ceil_div(rows, tile.rows), kHopperCluster), across = ceil_div(outputs, tile.outputs);
+  // Thread blocks that run at a time: one a multiprocessor, in whole clusters
+  const int64_t slots = std::max(multiprocessors / kHopperCluster, 1) * kHopperCluster;
+  // With the padding to whole swizzles that CUTLASS adds to either side, and multiplies like the rest
+  const auto tiles = [&](int swizzle) { return round_up(down, swizzle * kHopperCluster) * round_up(across, swizzle); };
   for (const int swizzle : {8, 4, 2}) {
-    const bool fits = std::min(grid.down, grid.across) >= swizzle;  // or CUTLASS takes a narrower one
-    if (fits && grid.waves(swizzle) == grid.waves(1) && 16 * grid.tiles(swizzle) <= 17 * grid.tiles(1)) return swizzle;
+    const bool fits = std::min(down, across) >= swizzle;  // or CUTLASS takes a narrower one
+    const bool costs_a_wave = ceil_div(tiles(swizzle), slots) > ceil_div(tiles(1), slots);
+    if (fits && !costs_a_wave && 16 * tiles(swizzle) <= 17 * tiles(1)) return swizzle;
   }
   return 1;
 }
@@ -117,28 +106,18 @@ ia3_status check(const ia3_hopper_linear_args& args) {
   return check_matrix("y", output.y, args.rows, output.out, output.y_stride);
 }
 
-// Kept per device, since it is asked for at every call.
 ia3_status multiprocessors_of_current_device(int* count) {
-  static std::array<std::atomic<int>, 64> known{};
-  int device = 0;
+  int device = 0, major = 0, minor = 0;
   if (const ia3_status status = checked(cudaGetDevice(&device))) return status;
-  std::atomic<int>* const slot = size_t(device) < known.size() ? &known[size_t(device)] : nullptr;
-  *count = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
-  if (*count > 0) return IA3_OK;
-
-  int major = 0, minor = 0;
   const std::pair<cudaDeviceAttr, int*> questions[] = {{cudaDevAttrComputeCapabilityMajor, &major},
                                                        {cudaDevAttrComputeCapabilityMinor, &minor},
                                                        {cudaDevAttrMultiProcessorCount, count}};
-  for (const auto& [attribute, answer] : questions) {
+  for (const auto& [attribute, answer] : questions) {  // of which the runtime keeps the answers
     if (const ia3_status status = checked(cudaDeviceGetAttribute(answer, attribute, device))) return status;
   }
-  if (major != 9 || minor != 0) {  // sm_90a's machine code runs on nothing else, newer devices included
-    return fail(IA3_UNSUPPORTED, "the device's compute capability is %d.%d; expected 9.0: use another kernel.", major,
-                minor);
-  }
-  if (slot != nullptr) slot->store(*count, std::memory_order_relaxed);
-  return IA3_OK;
+  if (major == 9 && minor == 0) return IA3_OK;  // sm_90a's machine code runs on nothing else, newer devices included
+  return fail(IA3_UNSUPPORTED, "the device's compute capability is %d.%d; expected 9.0: use another kernel.", major,
+              minor);
 }
 
 ia3_status run(const ia3_hopper_linear_args& args, ia3_stream stream) {
