@@ -14,7 +14,7 @@ FEW_ROWS = 16
 
 @dataclass(frozen=True)
 class ActivationLaunch:
-    """A tile of BLOCK_M x BLOCK_N; backward, a program sums CHUNK rows."""
+    """A tile of BLOCK_M x BLOCK_N; backward, a program sums CHUNK rows, tile by tile."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -58,6 +58,11 @@ class Architecture:
     multiprocessors: int
 
     @property
+    def lanes(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.backend == "hip" else 32
+
+    @property
     def has_tma(self) -> bool:
         """Whether tensor descriptors are in hardware."""
         return self.backend == "cuda" and self.capability >= 90
@@ -82,23 +87,37 @@ def _power_of_two(n: int, low: int, high: int) -> int:
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
-def activation_launch(rows: int, cols: int, element_size: int, is_backward: bool = False) -> ActivationLaunch:
-    """16-byte accesses, and enough of them in flight: 32 elements a thread forward, 16 (of three tensors) backward."""
+def _strip(cols: int, element_size: int, lanes: int) -> tuple[int, int]:
+    """Columns of a program, and its warps: a thread has 16 bytes of a row, and few threads idle at the row's end."""
     vector = 16 // element_size
-    block_n = _power_of_two(cols, vector, 128 * vector if not is_backward else 64 * vector)
-    elements = 2048 if is_backward else 4096
-    block_m = _power_of_two(min(rows, elements // block_n), 1, 64)
-    # A chunk's partial sums cost 8 bytes a column; 64 rows make that less than 2 % of what a chunk moves. Fewer rows,
-    # where there would not be enough programs else.
-    chunk = max(block_m, 64 if rows >= 2048 else _power_of_two(rows, 1, 16))
-    return ActivationLaunch(block_m, block_n, chunk, num_warps=4)
+    strip = _power_of_two(cols, vector, 128 * vector)
+    while strip > 64 * vector and -(-cols // strip) * strip > cols + cols // 16:
+        strip //= 2
+    return strip, max(1, strip // (lanes * vector))
 
 
-def weight_launch(rows: int, cols: int, element_size: int) -> WeightLaunch:
-    """16-byte accesses, 32 elements a thread: the pass has one tensor, read and written."""
-    vector = 16 // element_size
-    block_n = _power_of_two(cols, vector, 128 * vector)
-    return WeightLaunch(_power_of_two(min(rows, 4096 // block_n), 1, 64), block_n, num_warps=4)
+def activation_launch(
+    rows: int, cols: int, element_size: int, is_backward: bool = False, lanes: int = 32
+) -> ActivationLaunch:
+    """The loads of BLOCK_M rows are in flight together: of four forward, of two backward, which reads three tensors.
+
+    lanes: threads of a warp. Where the rows are few, so are those of a program, so that there are enough of them.
+    """
+    strip, warps = _strip(cols, element_size, lanes)
+    if not is_backward:
+        block_m = 4 if rows * cols * element_size >= 4 << 20 else 1
+        return ActivationLaunch(block_m, strip, block_m, warps)
+    # A chunk's partial sums cost 8 bytes a column; 64 rows make that less than 2 % of what a chunk moves.
+    chunk = _power_of_two(rows, 1, 64)
+    while chunk > 16 and rows * cols * element_size < chunk << 20:
+        chunk //= 2
+    return ActivationLaunch(min(chunk, 2), strip, chunk, warps)
+
+
+def weight_launch(rows: int, cols: int, element_size: int, lanes: int = 32) -> WeightLaunch:
+    """The loads of eight rows are in flight together: the pass has one tensor, read and written."""
+    strip, warps = _strip(cols, element_size, lanes)
+    return WeightLaunch(_power_of_two(rows, 1, 8), strip, warps)
 
 
 def linear_launch(
