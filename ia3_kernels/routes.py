@@ -241,12 +241,12 @@ def _known(index: int | None, product: Product) -> tuple[Measurement | None, str
     }
     found = nearest(product, same)
     if found is not None:
-        return same[found], f"measured by ia3 tune with {found.rows} rows"
+        return same[found], f"measured by ia3 tune, rows {found.rows}"
     architecture = target.architecture(index)
     figures = shipped(architecture.capability) if architecture.backend == "cuda" else {}
     found = nearest(product, figures)
     if found is not None:
-        shape = f"{found.rows} rows of {found.outputs} x {found.inputs}"
+        shape = f"rows {found.rows}, {found.outputs} x {found.inputs}"
         return figures[found], f"nearest of the package's figures, {shape}"
     return None, "not measured for this product and device (ia3 tune does)"
 

@@ -68,7 +68,7 @@ def test_what_it_measures_is_kept_and_decides_the_route(gpu: list[Any], capsys: 
     assert "not measured" in _route(8192).reason
     assert main(["tune", "--shape", "64x64", "--rows", "1"]) == 0  # adds to what is there
     assert _route(4).name == "triton"
-    assert "measured by ia3 tune with 4 rows" in _route(4).reason
+    assert "measured by ia3 tune, rows 4" in _route(4).reason
 
 
 def test_cuda_kernels_are_enough(gpu: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

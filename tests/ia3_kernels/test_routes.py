@@ -205,7 +205,7 @@ def test_tuning_answers_for_a_similar_number_of_rows(cache: Path, measured: int,
     assert route.name == ("triton" if is_known else "library")
     if is_known:
         assert route.launch == LAUNCH
-        assert route.reason == f"measured by ia3 tune with {measured} rows: library 2000000.0 us, Triton 1000000.0 us"
+        assert route.reason == f"measured by ia3 tune, rows {measured}: library 2000000.0 us, Triton 1000000.0 us"
 
 
 def test_the_nearest_number_of_rows_answers(cache: Path) -> None:
@@ -310,7 +310,7 @@ def test_an_h100_that_nobody_tuned_goes_by_the_figures_of_one(cache: Path) -> No
     eager = {rows: _route(replace(PRODUCT, rows=rows), index=1, is_captured=False).name for rows in (1, 16, 4096)}
     assert eager == {1: "library", 16: "library", 4096: "cuda"}
     route = _route(replace(PRODUCT, rows=4000, outputs=1000), index=1)
-    assert route.reason.startswith("nearest of the package's figures, 4096 rows of 1024 x 3072: library 41.5 us, ")
+    assert route.reason.startswith("nearest of the package's figures, rows 4096, 1024 x 3072: library 41.5 us, ")
     for other in ({"is_transposed": True}, {"element_size": 4}):  # of which there are no figures
         assert _route(replace(PRODUCT, **other), index=1).name == "library"
 
@@ -321,7 +321,7 @@ def test_tuning_comes_before_the_package_s_figures(cache: Path) -> None:
     _tune(product, index=1, library=1.0, cuda=2.0, tile="t")
     route = _route(product, index=1)
     assert (route.name, route.tile) == ("library", "t")
-    assert route.reason.startswith("measured by ia3 tune with 4096 rows")
+    assert route.reason.startswith("measured by ia3 tune, rows 4096")
     assert _route(replace(product, outputs=3072), index=1).name == "cuda"
 
 
