@@ -65,7 +65,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
             batch, tokens = (4, 768) if settings.on_gpu and not settings.quick else _shapes(settings)[0]
             torch._dynamo.reset()
             _train(
-                *(settings, recorder, f"{llama.describe(few)}, batch {batch}x{tokens}, default", dtype),
+                *(settings, recorder, f"{llama.describe(few)}, batch {batch}x{tokens}, compiled", dtype),
                 *(_base(settings, few, dtype), ["frozen_base", "peft", "ours", *compiled], {}, (batch, tokens)),
             )
 
