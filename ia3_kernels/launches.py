@@ -6,6 +6,7 @@ measured this device, :mod:`~ia3_kernels.routes` knows better which of the route
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 # So many rows are padded to one tile of the tensor cores: the weight is streamed once, and all else is small.
@@ -96,6 +97,7 @@ def _strip(cols: int, element_size: int, lanes: int) -> tuple[int, int]:
     return strip, max(1, strip // (lanes * vector))
 
 
+@functools.lru_cache(maxsize=1024)  # every call asks
 def activation_launch(
     rows: int, cols: int, element_size: int, is_backward: bool = False, lanes: int = 32
 ) -> ActivationLaunch:
@@ -114,6 +116,7 @@ def activation_launch(
     return ActivationLaunch(min(chunk, 2), strip, chunk, warps)
 
 
+@functools.lru_cache(maxsize=1024)
 def weight_launch(rows: int, cols: int, element_size: int, lanes: int = 32) -> WeightLaunch:
     """The loads of eight rows are in flight together: the pass has one tensor, read and written."""
     strip, warps = _strip(cols, element_size, lanes)
