@@ -70,40 +70,36 @@ ia3_status check_vector(const char* name, const void* data, size_t alignment) {
 }
 
 ia3_status check(const ia3_hopper_linear_args& args) {
-  const ia3_linear_output& output = args.output;
   if (args.dtype != IA3_FLOAT32 && args.dtype != IA3_BFLOAT16 && args.dtype != IA3_FLOAT16) {
     return fail(IA3_INVALID, "dtype is %d; expected one of ia3_dtype.", int(args.dtype));
   }
-  if (args.rows < 0 || args.in < 0 || output.out < 0) {
+  if (args.rows < 0 || args.in < 0 || args.out < 0) {
     return fail(IA3_INVALID, "rows, in, out are %" PRId64 ", %" PRId64 ", %" PRId64 "; expected none below 0.",
-                args.rows, args.in, output.out);
+                args.rows, args.in, args.out);
   }
   if (args.tile < 0 || args.tile >= kHopperTileCount) {
     return fail(IA3_INVALID, "tile is %d; expected one of the %d of ia3_cuda_hopper_tiles(), from 0.", args.tile,
                 kHopperTileCount);
   }
-  if (args.rows == 0 || output.out == 0) return IA3_OK;
+  if (args.rows == 0 || args.out == 0) return IA3_OK;
   if (args.dtype == IA3_FLOAT32) {
     return fail(IA3_UNSUPPORTED, "dtype is fp32; expected bf16 or fp16: use another kernel.");
   }
-  if (output.scale.index != nullptr) {
-    return fail(IA3_UNSUPPORTED, "scale.index is given; expected one scale for all rows: use another kernel.");
-  }
   constexpr int64_t kMost = int64_t{1} << 30;  // CUTLASS counts in int, and rounds up to tiles
-  if (args.in == 0 || args.in % 8 != 0 || output.out % 8 != 0 || std::max({args.rows, args.in, output.out}) > kMost) {
+  if (args.in == 0 || args.in % 8 != 0 || args.out % 8 != 0 || std::max({args.rows, args.in, args.out}) > kMost) {
     return fail(IA3_UNSUPPORTED,
                 "rows, in, out are %" PRId64 ", %" PRId64 ", %" PRId64
                 "; expected at most 2^30, and positive multiples "
                 "of 8 for in and out: use another kernel.",
-                args.rows, args.in, output.out);
+                args.rows, args.in, args.out);
   }
-  if (const ia3_status status = check_vector("bias", output.bias, 2)) return status;
-  if (const ia3_status status = check_vector("scale", output.scale.scale, sizeof(float))) return status;
+  if (const ia3_status status = check_vector("bias", args.bias, 2)) return status;
+  if (const ia3_status status = check_vector("scale", args.scale, sizeof(float))) return status;
   if (const ia3_status status = check_matrix("x", args.x, args.rows, args.in, args.x_stride)) return status;
-  if (const ia3_status status = check_matrix("weight", output.weight, output.out, args.in, output.weight_stride)) {
+  if (const ia3_status status = check_matrix("weight", args.weight, args.out, args.in, args.weight_stride)) {
     return status;
   }
-  return check_matrix("y", output.y, args.rows, output.out, output.y_stride);
+  return check_matrix("y", args.y, args.rows, args.out, args.y_stride);
 }
 
 ia3_status multiprocessors_of_current_device(int* count) {
@@ -122,7 +118,7 @@ ia3_status multiprocessors_of_current_device(int* count) {
 
 ia3_status run(const ia3_hopper_linear_args& args, ia3_stream stream) {
   if (const ia3_status status = check(args)) return status;
-  const int64_t rows = args.rows, outputs = args.output.out;
+  const int64_t rows = args.rows, outputs = args.out;
   if (rows == 0 || outputs == 0) return IA3_OK;
   if (kBuilt == 0)
     return fail(IA3_UNSUPPORTED,

@@ -75,17 +75,16 @@ struct Matmul {
                                                       cutlass::gemm::PersistentScheduler>;
 
   static typename Kernel::Arguments arguments(const ia3_hopper_linear_args& args, const HopperLaunch& launch) {
-    const ia3_linear_output& output = args.output;
     typename Kernel::Arguments result;
     result.mode = cutlass::gemm::GemmUniversalMode::kGemm;
-    result.problem_shape = {int(args.rows), int(output.out), int(args.in), 1};
+    result.problem_shape = {int(args.rows), int(args.out), int(args.in), 1};
     result.mainloop.ptr_A = static_cast<const T*>(args.x);
     result.mainloop.dA = {args.x_stride, _1{}, 0};
-    result.mainloop.ptr_B = static_cast<const T*>(output.weight);
-    result.mainloop.dB = {output.weight_stride, _1{}, 0};
-    result.epilogue.thread = {{{}, {static_cast<const T*>(output.bias), T(0)}, {}}, {output.scale.scale, 1.0f}, {}};
-    result.epilogue.ptr_D = static_cast<T*>(output.y);
-    result.epilogue.dD = {output.y_stride, _1{}, 0};
+    result.mainloop.ptr_B = static_cast<const T*>(args.weight);
+    result.mainloop.dB = {args.weight_stride, _1{}, 0};
+    result.epilogue.thread = {{{}, {static_cast<const T*>(args.bias), T(0)}, {}}, {args.scale, 1.0f}, {}};
+    result.epilogue.ptr_D = static_cast<T*>(args.y);
+    result.epilogue.dD = {args.y_stride, _1{}, 0};
     result.hw_info.sm_count = launch.multiprocessors;
     result.scheduler.max_swizzle_size = launch.swizzle;
     return result;

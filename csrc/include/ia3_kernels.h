@@ -163,25 +163,18 @@ typedef struct {
 
 IA3_EXPORT ia3_status ia3_cuda_scale_weight(const ia3_scale_weight_args* args, ia3_stream stream);
 
-/* A linear layer and its output: y = (x W^T + b) s_out. */
-typedef struct {
-  int64_t out;
-  const void* weight; /* [out, in] */
-  int64_t weight_stride;
-  const void* bias; /* [out], or null */
-  ia3_scale scale;
-  void* y; /* [rows, out] */
-  int64_t y_stride;
-} ia3_linear_output;
-
-/* y = (x W^T + b) s_out on Hopper's tensor cores: bf16 and fp16, weight [out, in], every row on 16 bytes, `scale`
- * without `index`. IA3_UNSUPPORTED elsewhere. */
+/* y = (x W^T + b) s on Hopper's tensor cores: bf16 and fp16, every row on 16 bytes. IA3_UNSUPPORTED elsewhere. */
 typedef struct {
   ia3_dtype dtype;
-  int64_t rows, in;
+  int64_t rows, in, out;
   const void* x; /* [rows, in] */
   int64_t x_stride;
-  ia3_linear_output output;
+  const void* weight; /* [out, in] */
+  int64_t weight_stride;
+  const void* bias;   /* [out], or null */
+  const float* scale; /* [out], or null */
+  void* y;            /* [rows, out] */
+  int64_t y_stride;
   int tile; /* which of ia3_cuda_hopper_tiles(), from 0 */
 } ia3_hopper_linear_args;
 

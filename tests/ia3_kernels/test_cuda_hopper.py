@@ -26,8 +26,6 @@ from .c_interface import (
     OK,
     UNSUPPORTED,
     HopperLinearArgs,
-    LinearOutput,
-    Scale,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,14 +137,12 @@ def hopper(_library: Path) -> Hopper:
 
 
 def _args(rows: int = 512, out: int = 1024, inputs: int = 3072, **changes: Any) -> HopperLinearArgs:
-    """Arguments that the matmul takes, but for `changes`: fields of the scale, the output or the arguments."""
+    """Arguments that the matmul takes, but for `changes`."""
     memory = 1 << 20  # addresses, which nothing here reads
-    scale = Scale(memory, None, 0)
-    output = LinearOutput(out, memory, inputs, memory, scale, memory, out)
-    args = HopperLinearArgs(BFLOAT16, rows, inputs, memory, inputs, output, 0)
+    args = HopperLinearArgs(BFLOAT16, rows, inputs, out, memory, inputs, memory, inputs, memory, memory, memory, out, 0)
     for name, value in changes.items():
-        owner = next(owner for owner in (args.output.scale, args.output, args) if hasattr(owner, name))
-        setattr(owner, name, value)
+        assert hasattr(args, name)
+        setattr(args, name, value)
     return args
 
 
@@ -208,7 +204,6 @@ def test_large_shapes_are_ordered_in_squares(hopper: Hopper) -> None:
         ({"bias": 4097}, INVALID, "bias is at 0x1001"),
         ({"scale": 4098}, INVALID, "scale is at 0x1002"),
         ({"dtype": FLOAT32}, UNSUPPORTED, "dtype is fp32"),
-        ({"index": 4096}, UNSUPPORTED, "scale.index is given"),
         ({"inputs": 0}, UNSUPPORTED, "rows, in, out are 512, 0, 1024"),
         ({"inputs": 3076}, UNSUPPORTED, "rows, in, out are 512, 3076, 1024"),
         ({"out": 1023}, UNSUPPORTED, "rows, in, out are 512, 3072, 1023"),
