@@ -51,7 +51,9 @@ def build(architecture: int, folder: Path) -> list[str]:
         text=True,
     )
     if compiled.returncode:
-        raise SystemExit(f"{compiled.stdout}gpu-bundle: the CUDA kernels do not compile; nvcc says why above.")
+        # ptxas has much to say of each kernel that did compile.
+        lines = [line for line in compiled.stdout.splitlines() if not re.match(r"ptxas info|    \d+ bytes stack", line)]
+        raise SystemExit("\n".join([*lines, "gpu-bundle: the CUDA kernels do not compile; nvcc says why above."]))
     return re.findall(r"^-- ia3_kernels: (.*(?:\n(?!-- ).*)*)", configured.stdout, re.MULTILINE)
 
 

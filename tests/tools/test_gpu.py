@@ -42,6 +42,29 @@ def test_a_bundle_without_nvcc_is_a_sentence(monkeypatch: pytest.MonkeyPatch, ca
     assert "nvcc was not found" in capsys.readouterr().out
 
 
+def test_a_bundle_is_the_library_and_what_it_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def build(architecture: int, folder: Path) -> list[str]:
+        folder.mkdir()
+        (folder / "libia3_cuda.so").write_bytes(bytes(1_500_000))
+        (folder / "cuda_sources.txt").write_text("0123456789abcdef")
+        return ["the Hopper matmul is left out: CUTLASS was not found"]
+
+    monkeypatch.setattr(gpu_bundle, "build", build)
+    monkeypatch.setattr(gpu_bundle.shutil, "which", lambda tool: tool)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "of an earlier run").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu_bundle", "--output", str(folder), "--build", str(tmp_path / "objects")])
+    assert gpu_bundle.main() == 0
+    assert {path.name for path in folder.iterdir()} == {"libia3_cuda.so", "cuda_sources.txt", "architecture.txt"}
+    assert (folder / "architecture.txt").read_text() == "90\n"
+    out = capsys.readouterr().out
+    assert "gpu-bundle: the Hopper matmul is left out: CUTLASS was not found\n" in out
+    assert "libia3_cuda.so for sm_90a: 1.5 MB, " in out
+
+
 # --- the probe ----------------------------------------------------------------------------------------------------
 
 
