@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: build test lint demo bench bench-all kernels-table gpu-check cuda-check cuda-table format clean
+.PHONY: build test lint demo bench bench-all kernels-table gpu-bundle gpu-check cuda-check cuda-table format clean
 
 # The environment, then the package: built in place, against the torch that is installed.
 $(VENV)/.installed: requirements-dev.txt requirements-no-deps.txt
@@ -45,8 +45,13 @@ bench-all: $(READY)  ## every suite behind docs/performance.md; an idle machine 
 	$(BIN)/python -m bench all --json build/bench.json
 	$(BIN)/python -m bench.report build/bench.json
 
-# With the Python that is there, and nothing installed: ARGS="--part tests --quick" for less.
-gpu-check:  ## proves and measures the kernels on this machine's GPU
+# Where there is nvcc and no GPU. build/gpu-bundle is what to take to the GPU, with the checkout.
+ARCH := sm_90a
+gpu-bundle: $(VENV)/.installed  ## compile the CUDA kernels for the GPU of another machine
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tools.gpu_bundle --arch $(ARCH) $(ARGS)
+
+# With the Python that is there, and nothing installed: ARGS="--part host" for less.
+gpu-check:  ## proves and measures the kernels on this machine's GPU, in a quarter of an hour
 	$(PYTHON) tools/gpu_check.py $(ARGS)
 
 kernels-table: $(READY)  ## compile every Triton launch for GPUs that are not here, a quarter of an hour

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import records, report
+from . import report
 from .records import Recorder
 from .settings import DTYPES, GPU_IMPLEMENTATIONS, IMPLEMENTATIONS, Settings
 from .suites import SUITES
@@ -43,13 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(
         tuple(dict.fromkeys(arguments.dtype)), arguments.quick, tuple(implementations), torch.device(arguments.device)
     )
-    recorder = Recorder(settings.device)
+    recorder = Recorder(settings.device, arguments.json)
     console = Console()
     for name in SUITES if "all" in arguments.suites else dict.fromkeys(arguments.suites):
         start = len(recorder.records)
         SUITES[name](settings, recorder)
-        if arguments.json is not None:
-            records.write(arguments.json, recorder.records)
+        recorder.save()
         for table in report.tables(recorder.records[start:]):
             console.print(table)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,19 +11,10 @@ from pathlib import Path
 import torch
 
 from ia3.files import atomic_write_text
+from ia3_kernels.target import kernel_sources as kernel_sources
 
 from .measure import interquartile_range, paired_ratio
 from .settings import commit, device_name
-
-
-def kernel_sources() -> str:
-    """A hash of the GPU kernels' sources, by which results know what they are of: in a checkout, built or not."""
-    root = Path(__file__).parents[1]
-    folders = ((root / "ia3_kernels" / "triton", "*.py"), (root / "csrc" / "cuda", "*"), (root / "csrc" / "core", "*"))
-    digest = hashlib.sha256((root / "ia3_kernels" / "tuning.py").read_bytes())
-    for path in (path for folder, names in folders for path in sorted(folder.glob(names)) if path.is_file()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -51,11 +41,17 @@ class Record:
 
 
 class Recorder:
-    """Collects the records of one run, all of one device, torch and commit."""
+    """Collects the records of one run, all of one device, torch and commit, for the file ``path``."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, path: Path | None = None) -> None:
         self.records: list[Record] = []
         self._device = device_name(device)
+        self._path = path
+
+    def save(self) -> None:
+        """Writes what there is, so that a run which is stopped later loses nothing; nothing without a path."""
+        if self._path is not None:
+            write(self._path, self.records)
 
     def add(
         self,

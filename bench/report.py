@@ -43,6 +43,8 @@ def _compared(record: Record) -> str:
         return ""
     if record.ratio_to.endswith(("bandwidth", "rate")):
         return f"{record.ratio:.0%} of {record.ratio_to}"
+    if record.ratio_to == "launches":
+        return f"{record.ratio:.0f} launches"
     return f"{_ratio(record.ratio)}x {record.ratio_to}"
 
 

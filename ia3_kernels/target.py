@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from .tuning import Architecture
+from .launches import Architecture
 
 BACKEND_VARIABLE = "IA3_BACKEND"  # auto (default), native, triton, cuda, reference
 ISA_VARIABLE = "IA3_CPU_ISA"  # auto (default), avx512, avx2, plain: read by the native library when it loads
@@ -105,7 +105,7 @@ def kernel_sources() -> str:
     """A hash of the GPU kernels' sources and launches, by which measurements know what they measured."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*(package / "triton").glob("*.py"), package / "tuning.py"]):
+    for path in sorted([*(package / "triton").glob("*.py"), package / "launches.py"]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     kernels = _cuda_kernels()
     if isinstance(kernels, ModuleType):
@@ -146,6 +146,12 @@ def hopper_tiles() -> list[str]:
     """Return the names of the tiles that the Hopper matmul was built with; none without CUDA kernels."""
     kernels = _cuda_kernels()
     return list(kernels.hopper_tiles()) if isinstance(kernels, ModuleType) else []
+
+
+def hopper_tile(name: str | None) -> int:
+    """Return the number of a tile of the Hopper matmul; of the smallest where there is none of that name."""
+    tiles = hopper_tiles()
+    return tiles.index(name) if name in tiles else len(tiles) - 1
 
 
 def version(distribution: str) -> str | None:

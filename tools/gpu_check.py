@@ -1,203 +1,339 @@
-"""``make gpu-check``: builds for the GPU that is here, proves the kernels on it, and measures them.
+"""``make gpu-check``: build for the GPU that is here, prove the kernels on it, and measure them, in 13 minutes.
 
-Needs no network and no installation: it uses the Python that runs it, builds the native library in place, and runs
-three parts, each of which can be asked for alone:
+Needs no network and no installation: it uses the Python that runs it, and builds the native library in place; with a
+folder that ``make gpu-bundle`` made (``build/gpu-bundle``, or ``IA3_CUDA_BUNDLE``) it compiles no CUDA kernels. Its
+parts, in this order, each of which can be asked for alone (``--part host``):
 
-    tests      the whole suite, operators on CUDA tensors
-    sanitize   compute-sanitizer's memcheck, racecheck and initcheck over a small subset, where it is installed
-    bench      the suites host, protocol, operators, train_step, decode and memory, into bench/results/<device>.json
+    probe      whether cuBLAS multiplies a matmul's outputs by a vector itself, and how fast
+    tests      operators and models on CUDA tensors; with several workers, where pytest-xdist is installed
+    host       what an eager call costs on the host
+    protocol   a whole model: training steps, decoding, merging
+    operators  the operators against the formula, F.linear, and the memory's bandwidth
+    sanitize   compute-sanitizer's memcheck, racecheck and initcheck over a small subset; only if it is asked for
 
-The Hopper matmul needs CUTLASS' headers: the package nvidia-cutlass, or CUTLASS_PATH with the folder that holds
-include/cutlass. Without them it is left out, and the build says so.
-
-The last thing that it prints is a short table. With no GPU it says so and stops.
+A part that takes longer than it may is stopped, and what it has measured so far is kept. Each ends with a short table,
+and the whole with all of them. The folder ``--output`` then holds at most eight files: everything that was printed
+(log.txt), the records of each suite, the environment and the summary. With no GPU it says so and stops;
+``--dry-run`` goes through the parts on the CPU with tiny sizes, and proves nothing but itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.records import Record
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "sanitize", "bench")
+BUNDLE = ROOT / "build" / "gpu-bundle"
+# Seconds that each part may take: with a build of a minute, 13 minutes for all that run by default.
+SECONDS = {"probe": 75, "tests": 210, "host": 45, "protocol": 270, "operators": 110, "sanitize": 300}
+DEFAULT = [part for part in SECONDS if part != "sanitize"]
+_BUILD_SECONDS = 300
+# What takes the time is compiling Triton kernels, which needs cores; the GPU's part is small.
+WORKERS = min(12, max(1, (os.cpu_count() or 1) * 3 // 4))
+# What has a place or a backend on a GPU; what proves GPU kernels without one has proved it elsewhere.
+TESTS = [f"tests/ia3_kernels/test_{name}.py" for name in ("cuda", "operators", "gradients", "mlp", "contract")]
+TESTS += ["tests/ia3/test_on_device.py", "-k", "(cuda or on_device) and not emulated and not reference"]
+DRY_TESTS = ["tests/ia3_kernels/test_cuda.py", "tests/ia3/test_on_device.py", "-k", "captured or llama"]
 # Small shapes, each kernel once: a sanitizer slows them down a hundredfold.
 SANITIZED = ["tests/ia3_kernels/test_cuda.py", "-k", "captured or stream", "-p", "no:cacheprovider"]
-# The operators with all backends; the rest of the suite knows nothing of devices, and runs only in full.
-QUICK_TESTS = [
-    "tests/ia3_kernels/test_cuda.py",
-    "tests/ia3_kernels/test_operators.py",
-    "-k",
-    "(triton or cuda or graph) and not emulated",
-]
-# What proves the GPU's kernels without a GPU has its place elsewhere, and takes minutes of this one's.
-_ELSEWHERE = ("compiled", "cuda_emulated", "cuda_hopper", "variants")
-FULL_TESTS = ["tests/ia3_kernels", "tests/ia3", "-m", "not slow", "-k", "not emulated"]
-FULL_TESTS += [f"--ignore=tests/ia3_kernels/test_{name}.py" for name in _ELSEWHERE]
 
 
-def _environment() -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "IA3_TEST_DEVICE": "cuda", "PYTHONUNBUFFERED": "1"}
+@dataclass
+class Run:
+    """One run: where its files go, whether it is a dry one, and the summary so far."""
 
+    output: Path
+    is_dry: bool
+    summary: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
-def _run(command: Sequence[str | Path], log: Path) -> bool:
-    """Run a command, its output to the terminal and the log; whether it succeeded."""
-    print(f"$ {' '.join(map(str, command))}", flush=True)
-    with open(log, "w", encoding="utf-8") as file:
+    def __post_init__(self) -> None:
+        self.log = open(self.output / "log.txt", "w", encoding="utf-8")  # noqa: SIM115  (as long as the process)
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Show lines, and keep them in the log."""
+        for line in lines:
+            print(line, flush=True)
+            print(line, file=self.log, flush=True)
+
+    def command(self, arguments: Sequence[str | Path], seconds: float, **variables: str) -> tuple[str, list[str]]:
+        """Run a command, its output to the terminal and the log, for at most ``seconds``.
+
+        Returns what went wrong, empty if nothing did, and the lines that it printed.
+        """
+        self.say([f"$ {' '.join(map(str, arguments))}"])
         process = subprocess.Popen(
-            [*map(str, command)],
+            [*map(str, arguments)],
             cwd=ROOT,
-            env=_environment(),
+            env=self._environment() | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # so that its workers stop with it
         )
+        is_late = threading.Event()
+
+        def stop() -> None:
+            is_late.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        lines = []
         for line in process.stdout or ():
-            file.write(line)
-            print(line, end="", flush=True)
-    return process.wait() == 0
+            lines.append(line.rstrip())
+            self.say(lines[-1:])
+        status = process.wait()
+        timer.cancel()
+        if is_late.is_set():
+            return f"stopped after {seconds:.0f} s", lines
+        return f"exit status {status}" if status else "", lines
+
+    def _environment(self) -> dict[str, str]:
+        paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return os.environ | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "IA3_TEST_DEVICE": "cpu" if self.is_dry else "cuda",
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "160",  # of tables, which are cut to 80 where there is no terminal
+            **({"CUDA_VISIBLE_DEVICES": ""} if self.is_dry else {}),
+        }
 
 
-def build(output: Path) -> bool:
+def build(run: Run) -> bool:
     """The native library, in place and for this GPU alone; the Triton kernels compile when they are first used."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
     os.environ.setdefault("IA3_CUDA_ARCHITECTURES", str(10 * major + minor))
-    return _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], output / "build.log")
+    bundle = Path(os.environ.pop("IA3_CUDA_BUNDLE", BUNDLE)).resolve()
+    if bundle.is_dir():
+        made_for = (bundle / "architecture.txt").read_text("utf-8").strip()
+        if made_for == os.environ["IA3_CUDA_ARCHITECTURES"]:
+            os.environ["IA3_CUDA_BUNDLE"] = str(bundle)
+        else:
+            run.say([f"gpu-check: {bundle} is for capability {made_for}; compiling for this GPU's here."])
+    problem, _ = run.command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], _BUILD_SECONDS)
+    if problem and os.environ.pop("IA3_CUDA_BUNDLE", None):
+        run.say([f"gpu-check: {bundle} could not be used, as is said above; compiling its kernels here."])
+        problem, _ = run.command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], _BUILD_SECONDS)
+    return not problem
 
 
-def tests(output: Path, quick: bool) -> dict[str, str]:
-    """The suite on CUDA tensors."""
-    chosen = QUICK_TESTS if quick else FULL_TESTS
-    passed = _run([sys.executable, "-m", "pytest", "-q", "--maxfail", "20", *chosen], output / "tests.log")
-    return {"tests": _last_line(output / "tests.log") if passed else f"FAILED: {_last_line(output / 'tests.log')}"}
+# --- the parts: each returns what went wrong, empty if nothing did, and its table ---------------------------------
+
+_Outcome = tuple[str, list[str]]
 
 
-def sanitize(output: Path, quick: bool) -> dict[str, str]:
+def probe(run: Run, seconds: float) -> _Outcome:
+    """What cuBLASLt offers; see tools/probe_cublaslt.py, whose last lines are the table."""
+    options = ["--dry-run"] if run.is_dry else []
+    command = [sys.executable, ROOT / "tools" / "probe_cublaslt.py", "--json", run.output / "probe.json", *options]
+    problem, lines = run.command(command, seconds)
+    starts = [number for number, line in enumerate(lines) if line.startswith(("cuBLASLt ", "probe_cublaslt: "))]
+    return problem, lines[starts[-1] :] if starts else []
+
+
+def tests(run: Run, seconds: float) -> _Outcome:
+    """The tests that have something to say about a GPU."""
+    workers = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") and not run.is_dry else []
+    chosen = DRY_TESTS if run.is_dry else TESTS
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "--maxfail=30", *workers, *chosen]
+    problem, lines = run.command(command, seconds)
+    return problem, [line[:158] for line in lines if line.startswith(("FAILED ", "ERROR "))] + lines[-1:]
+
+
+def sanitize(run: Run, seconds: float) -> _Outcome:
     """compute-sanitizer's verdicts."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
-        return {"sanitize": "skipped: compute-sanitizer is not installed"}
-    verdicts = {}
-    for check in ("memcheck",) if quick else ("memcheck", "racecheck", "initcheck"):
-        log = output / f"{check}.log"
+        return "", ["skipped: compute-sanitizer is not installed"]
+    problems, table = [], []
+    for check in ("memcheck", "racecheck", "initcheck"):
         command = [tool, "--tool", check, "--error-exitcode", "1", sys.executable, "-m", "pytest", "-q", *SANITIZED]
         # The caching allocator hides overruns inside of its blocks.
-        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        passed = _run(command, log)
-        del os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"]
-        verdicts[check] = "no errors" if passed else f"FAILED: see {log}"
-    return verdicts
+        problem, _ = run.command(command, seconds / 3, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        problems += [f"{check}: {problem}"] if problem else []
+        table.append(f"{check}: {problem or 'no errors'}")
+    return "; ".join(problems), table
 
 
-def bench(output: Path, quick: bool) -> dict[str, str]:
-    """The measurements: ``bench/results/<device>.json`` and a Markdown file beside the logs."""
+def _suite(name: str, table: Callable[[list[Record]], list[str]]) -> Callable[[Run, float], _Outcome]:
+    """A suite of ``python -m bench``, whose records are shown as ``table`` makes of them."""
+
+    def part(run: Run, seconds: float) -> _Outcome:
+        from bench.records import read
+
+        path = run.output / f"{name}.json"
+        path.unlink(missing_ok=True)
+        options = ["--device", "cuda"] if not run.is_dry else ["--device", "cpu", "--quick"]
+        if run.is_dry:  # compiling takes long, and is tried elsewhere
+            options += ["--impl", "ours", "accelerated", "peft", "frozen_base"]
+        command = [sys.executable, "-m", "bench", name, "--dtype", "bf16", "--json", path, *options]
+        problem, _ = run.command(command, seconds)
+        return problem, table(read(path)) if path.exists() else []
+
+    return part
+
+
+def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _ratio(records: Iterable[Record], case: str, impl: str, to: str) -> float | None:
+    return next((r.ratio for r in records if (r.case, r.impl, r.ratio_to) == (case, impl, to)), None)
+
+
+def _shown(value: float | None, form: str = ".3f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def host_table(records: list[Record]) -> list[str]:
+    """A row for each call: µs, and its time over the formula's, or over PEFT's layer's."""
+    rows = [["a call", "µs", "/ formula", "/ PEFT"]]
+    for record in {record.case: record for record in records if record.impl == "ours"}.values():
+        ratios = [_shown(_ratio(records, record.case, "ours", to)) for to in ("eager", "peft")]
+        rows.append([record.case, f"{1e6 * (record.median_s or 0):.1f}", *ratios])
+    return _aligned(rows)
+
+
+def protocol_table(records: list[Record]) -> list[str]:
+    """A row for each case and implementation: ms, over the frozen base and PEFT; kernels' ms, launches, peak memory."""
+    rows = [["", "ms", "/ base", "/ PEFT", "GPU ms", "launches", "peak GB"]]
+    timed = {(r.case, r.impl): r for r in records}
+    for (case, impl), record in timed.items():
+        if case.endswith((", kernels", ", peak memory beside the weights")):
+            continue
+        base = next((r for to in ("frozen_base", "base", "copy") if (r := _ratio(records, case, impl, to))), None)
+        of_peft = next(
+            (r for to in ("peft", "peft merge", "peft unmerge") if (r := _ratio(records, case, impl, to))), None
+        )
+        kernels, peak = (
+            timed.get((f"{case}, kernels", impl)),
+            timed.get((f"{case}, peak memory beside the weights", impl)),
+        )
+        rows.append(
+            [
+                f"{case}: {impl}",
+                f"{1e3 * (record.median_s or 0):.2f}",
+                _shown(base),
+                _shown(of_peft),
+                _shown(kernels and 1e3 * (kernels.median_s or 0), ".2f"),
+                _shown(kernels and _ratio(records, kernels.case, impl, "launches"), ".0f"),
+                _shown(peak and (peak.bytes or 0) / 1e9, ".1f"),
+            ]
+        )
+    return _aligned(rows)
+
+
+def operators_table(records: list[Record]) -> list[str]:
+    """Shares of the copy bandwidth, and the output-side matmul over F.linear: geometric mean and worst."""
+    rows = []
+    matmuls: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record.ratio is None or not record.impl.startswith(("ours", "cuda", "triton")):
+            continue
+        if "scaled_linear output side" in record.case and record.ratio_to == "linear":
+            matmuls.setdefault(record.impl, {})[record.case] = record.ratio
+        elif record.ratio_to == "copy bandwidth" and "scaled_linear" not in record.case:
+            rows.append([f"{record.case}: {record.impl}", f"{record.ratio:.1%} of copy"])
+    for impl, ratios in matmuls.items():
+        mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        worst = max(ratios, key=lambda case: ratios[case])
+        rows.append([f"output-side matmul / F.linear: {impl}", f"{mean:.3f}; {ratios[worst]:.3f} ({worst})"])
+    return _aligned(rows)
+
+
+PARTS: dict[str, Callable[[Run, float], _Outcome]] = {
+    "probe": probe,
+    "tests": tests,
+    "host": _suite("host", host_table),
+    "protocol": _suite("protocol", protocol_table),
+    "operators": _suite("operators", operators_table),
+    "sanitize": sanitize,
+}
+
+
+def environment() -> dict[str, str]:
+    """What measurements are of: device, versions, sources, date."""
     import torch
 
     from bench.records import kernel_sources
+    from bench.settings import commit
     from ia3_kernels import target
 
-    name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
-    raw = output / "records.json"
-    suites = ["host", "protocol", "operators", "train_step", "decode", "memory"]
-    options = ["--device", "cuda", "--dtype", "bf16", "--json", raw]
-    if quick:
-        suites, options = ["host", "protocol"], [*options, "--impl", "ours", "peft", "frozen_base"]
-    if not _run([sys.executable, "-m", "bench", *suites, *options], output / "bench.log"):
-        return {"bench": f"FAILED: see {output / 'bench.log'}"}
-    environment = {
-        "device": torch.cuda.get_device_name(),
+    is_there = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if is_there else "cpu",
         "torch": str(torch.__version__),
         "cuda": str(torch.version.cuda),
         "triton": target.version("triton"),
         "transformers": target.version("transformers"),
         "peft": target.version("peft"),
+        "commit": commit(),
         "kernel sources": kernel_sources(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    results = ROOT / "bench" / "results"
-    shutil.copyfile(raw, results / f"{name}.json")
-    (results / f"{name}.environment.json").write_text(json.dumps(environment, indent=1) + "\n", "utf-8")
-    for path in (results / f"{name}.json", results / f"{name}.environment.json"):
-        shutil.copyfile(path, output / path.name)
-    _run([sys.executable, "-m", "bench.report", raw], output / "bench.md")
-    return _headlines(raw)
 
 
-def _headlines(path: Path) -> dict[str, str]:
-    """The ratios that the project is held to, out of the records."""
-    from bench.records import read
-
-    records = [record for record in read(path) if record.ratio is not None]
-    found: dict[str, str] = {}
-    matmuls: dict[str, list[float]] = {}
-    for record in records:
-        if record.suite == "host" and record.impl == "ours" and record.ratio_to == "eager":
-            found[f"host, {record.case}: ours / eager"] = f"{record.ratio:.3f}"
-        elif record.suite == "protocol":
-            found[f"{record.case}: {record.impl} / {record.ratio_to}"] = f"{record.ratio:.3f}"
-        elif record.suite == "train_step":
-            found[f"train step: {record.impl} / {record.ratio_to}"] = f"{record.ratio:.3f}"
-        elif record.suite == "memory" and "peak" in record.case and record.impl == "ours":
-            found[f"peak memory: ours / {record.ratio_to}"] = f"{record.ratio:.3f}"
-        elif "scaled_linear output side" in record.case and record.ratio_to == "linear":
-            matmuls.setdefault(record.impl, []).append(record.ratio or 0.0)
-        elif record.ratio_to == "copy bandwidth" and record.impl == "ours":
-            found[f"{record.case}: share of copy bandwidth"] = f"{record.ratio:.0%}"
-    for implementation, ratios in matmuls.items():
-        product = 1.0
-        for ratio in ratios:
-            product *= ratio
-        mean = product ** (1 / len(ratios))
-        found[f"output-side matmul: {implementation} / F.linear, mean; worst"] = f"{mean:.3f}; {max(ratios):.3f}"
-    return found
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text("utf-8").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
-
-
-def main() -> int:
-    """Run the parts that were asked for; 0 if all succeeded, 2 if there is no GPU."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts that were asked for; 0 if all succeeded, 1 if one did not, 2 if there is no GPU."""
     parser = argparse.ArgumentParser(prog="make gpu-check", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="default: all")
-    parser.add_argument("--quick", action="store_true", help="a subset, in less than four minutes")
+    parser.add_argument("--part", choices=list(PARTS), nargs="+", default=DEFAULT, help="default: all but sanitize")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: tries this program itself")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-check", help="folder for logs and results")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         import torch
     except ImportError:
         print("gpu-check: torch is not installed for this Python; run it with one that has torch for this GPU.")
         return 2
-    if not torch.cuda.is_available():
+    if not arguments.dry_run and not torch.cuda.is_available():
         print("gpu-check: torch finds no GPU here, so there is nothing to check; run it on a machine that has one.")
         return 2
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     sys.path[:0] = [str(ROOT), str(ROOT / "python")]
     started = time.monotonic()
-    summary = {"device": torch.cuda.get_device_name(), "torch": str(torch.__version__)}
-    if not build(output):
-        print(f"gpu-check: the native library could not be built; see {output / 'build.log'}.")
+    run = Run(output, arguments.dry_run)
+    if not run.is_dry and not build(run):
+        run.say([f"gpu-check: the native library could not be built; {output / 'log.txt'} says why."])
         return 1
-    for part in arguments.part:
-        summary.update({"tests": tests, "sanitize": sanitize, "bench": bench}[part](output, arguments.quick))
-    summary["minutes"] = f"{(time.monotonic() - started) / 60:.1f}"
-    width = max(map(len, summary))
-    lines = [f"{key.ljust(width)}  {value}" for key, value in summary.items()]
-    (output / "summary.txt").write_text("\n".join(lines) + "\n", "utf-8")
-    print("\n" + "\n".join(lines))
-    return 1 if any(value.startswith("FAILED") for value in summary.values()) else 0
+    built = time.monotonic() - started
+    facts = environment()
+    (output / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    run.summary += [f"{key}: {value}" for key, value in facts.items()] + [f"build: {built:.0f} s"]
+    for name in arguments.part:
+        began = time.monotonic()
+        problem, table = PARTS[name](run, SECONDS[name])
+        took = time.monotonic() - began
+        run.failed += [name] if problem else []
+        verdict = f"FAILED, {problem}" if problem else "done"
+        section = ["", f"== {name}: {verdict}, {took:.0f} s", *table]
+        run.say(section)
+        run.summary += section
+    run.summary += ["", f"{(time.monotonic() - started) / 60:.1f} minutes; failed: {', '.join(run.failed) or 'none'}"]
+    (output / "summary.txt").write_text("\n".join(run.summary) + "\n", "utf-8")
+    run.say(["", "=" * 100, *run.summary])
+    return 1 if run.failed else 0
 
 
 if __name__ == "__main__":

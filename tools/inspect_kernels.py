@@ -1,4 +1,4 @@
-"""Compile every Triton kernel with every launch that ``ia3_kernels.tuning`` makes, with no GPU, and read what came out.
+"""Compile every Triton kernel with every launch that ``ia3_kernels.launches`` makes, with no GPU, and read the code.
 
     python -m tools.inspect_kernels [--quick] [--jobs 2] [--write docs/kernels.md]
 
@@ -37,9 +37,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import ia3_kernels.triton
+from ia3_kernels.launches import FEW_ROWS, Architecture, activation_launch, weight_launch
 from ia3_kernels.schemas import ACTIVATIONS
 from ia3_kernels.triton import activation, linear, scale_pair, weight
-from ia3_kernels.tuning import Architecture
 
 from .pages import table_in, write_table
 
@@ -72,6 +72,8 @@ TILES = {
     "linear_fwd_kernel": {"x": ("rows", "BLOCK_M", "BLOCK_K"), "weight": ("outputs", "BLOCK_N", "BLOCK_K")},
     "combine_fwd_kernel": {"partials": ("rows", "BLOCK_M", "BLOCK_N")},
 }
+# Those that have the loads of a tile in flight together before they use the first
+STREAMING = set(TILES) - {"reduce_partials_kernel", "reduce_pair_kernel", "linear_fwd_kernel", "combine_fwd_kernel"}
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # Where nothing is aligned, every element has an address and a mask of its own; so few of those may leave the registers.
@@ -119,10 +121,12 @@ def _activation(
         up = empty(dtype, rows, cols) if is_gated else None
         index = empty(torch.int32, rows) if kind == "adapters" else None
         scale = None if kind == "none" else empty(torch.float32, *((3,) if kind == "adapters" else ()), cols)
+        launch = activation_launch(rows, cols, dtype.itemsize, is_backward, architecture.lanes)
         if is_backward:
-            activation.backward(empty(dtype, rows, cols), gate, up, scale, name, index, (True, is_gated, True))
+            wants = (True, is_gated, True)
+            activation.backward(empty(dtype, rows, cols), gate, up, scale, name, index, wants, launch)
         else:
-            activation.forward(gate, up, scale, name, index)
+            activation.forward(gate, up, scale, name, index, launch=launch)
 
     direction = "backward" if is_backward else "forward"
     label = f"{name}{' gated' if is_gated else ''} {direction} {rows} x {cols}, scale: {kind}"
@@ -133,10 +137,11 @@ def _pair(rows: int, cols: int, dtype: torch.dtype, is_backward: bool, is_aligne
     def call(architecture: Architecture) -> None:
         x, *grads = (_empty(dtype, rows, cols, is_aligned=is_aligned) for _ in range(3))
         scales = [_empty(torch.float32, cols, is_aligned=is_aligned) for _ in range(2)]
+        launch = activation_launch(rows, cols, dtype.itemsize, is_backward, architecture.lanes)
         if is_backward:
-            scale_pair.backward(*grads, x, *scales, (True, True, True))
+            scale_pair.backward(*grads, x, *scales, (True, True, True), launch=launch)
         else:
-            scale_pair.forward(x, *scales)
+            scale_pair.forward(x, *scales, launch=launch)
 
     return Case(f"scale_pair {'backward' if is_backward else 'forward'} {rows} x {cols}", is_aligned, call)
 
@@ -144,7 +149,8 @@ def _pair(rows: int, cols: int, dtype: torch.dtype, is_backward: bool, is_aligne
 def _weight(rows: int, cols: int, dtype: torch.dtype, dim: int, is_aligned: bool) -> Case:
     def call(architecture: Architecture) -> None:
         scale = _empty(torch.float32, (rows, cols)[dim])
-        weight.scale_weight_(_empty(dtype, rows, cols, is_aligned=is_aligned), scale, dim)
+        launch = weight_launch(rows, cols, dtype.itemsize, architecture.lanes)
+        weight.scale_weight_(_empty(dtype, rows, cols, is_aligned=is_aligned), scale, dim, launch)
 
     return Case(f"scale_weight_ {rows} x {cols}, dim {dim}", is_aligned, call)
 
@@ -163,7 +169,8 @@ def cases() -> Iterator[Case]:
     for dtype, layout, tokens in product((BF16, FP16, FP32), LAYOUTS, TOKENS):
         for outputs, inputs in PROJECTIONS + OTHER_PROJECTIONS:
             yield _linear(tokens, outputs, inputs, dtype, layout, "output", True)
-        for kind, (outputs, inputs) in product(KINDS[1:], (PROJECTIONS[0], PROJECTIONS[-1])):
+        # Those take it with few rows only
+        for kind, (outputs, inputs) in product(KINDS[1:] if tokens <= FEW_ROWS else (), PROJECTIONS[::3]):
             yield _linear(tokens, outputs, inputs, dtype, layout, kind, True)
     for dtype, is_backward, tokens in product((BF16, FP16, FP32), (False, True), TOKENS):
         for kind, cols in product(("none", "one", "adapters"), (8192, 14336)):
@@ -193,8 +200,10 @@ def quick_cases() -> Iterator[Case]:
     """One call for every kernel and regime, in half a minute on two cores."""
     for tokens in (1, 16, 32, 4096):
         yield _linear(tokens, *PROJECTIONS[tokens > 16], BF16, LAYOUTS[0], "output", True)
-    yield _linear(4096, *PROJECTIONS[2], FP16, LAYOUTS[1], "adapters", True)
-    yield _linear(512, *PROJECTIONS[0], FP32, LAYOUTS[0], "bias, both", True)
+    yield _linear(4096, *PROJECTIONS[2], FP16, LAYOUTS[1], "output", True)
+    yield _linear(16, *PROJECTIONS[2], FP16, LAYOUTS[1], "adapters", True)
+    yield _linear(512, *PROJECTIONS[0], FP32, LAYOUTS[0], "output", True)
+    yield _linear(16, *PROJECTIONS[0], FP32, LAYOUTS[0], "bias, both", True)
     yield _linear(33, 70, 129, BF16, LAYOUTS[1], "bias, both", False)
     for dtype, is_backward in product((BF16, FP32), (False, True)):
         yield _activation(4096, 8192, dtype, "silu", "one", True, is_backward, True)
@@ -320,13 +329,17 @@ def launches(machine: str, chosen: Iterable[Case]) -> dict[str, Launch]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a launch compiled to. spilled, shared: bytes; instructions: how often those of `_INSTRUCTIONS` occur."""
+    """What a launch compiled to. spilled, shared: bytes; instructions: how often those of `_INSTRUCTIONS` occur.
+
+    in_flight: the most wide loads between two branches with no store among them.
+    """
 
     launch: Launch
     registers: int
     spilled: int
     shared: int
     instructions: Counter[str]
+    in_flight: int
 
 
 # NVIDIA's matmuls, wide loads, TMA; AMD's matmuls and wide loads. 32-byte loads (Blackwell) count as wide.
@@ -338,6 +351,8 @@ _INSTRUCTIONS = {
     "TMA": r"\bUTMALDG\b",
     "wide load": r"\b(?:LDG|LDGSTS)\.[\w.]*\b(?:128|256)\b|\b(?:global|buffer)_load_dwordx4\b",
 }
+_BRANCH = r"\bBRA\b|\bs_cbranch_"
+_STORE = r"\bSTG\b|\b(?:global|buffer)_store_"
 
 
 def _number(name: str, text: str) -> int:
@@ -372,7 +387,9 @@ def compile_launch(launch: Launch) -> Compiled:
     else:
         registers, spilled, assembly = _read_amd(program.asm["amdgcn"])
     instructions = Counter({name: len(re.findall(form, assembly)) for name, form in _INSTRUCTIONS.items()})
-    return Compiled(launch, registers, spilled, program.metadata.shared, instructions)
+    blocks = (block for block in re.split(_BRANCH, assembly) if not re.search(_STORE, block))
+    in_flight = max((len(re.findall(_INSTRUCTIONS["wide load"], block)) for block in blocks), default=0)
+    return Compiled(launch, registers, spilled, program.metadata.shared, instructions, in_flight)
 
 
 def compile_all(wanted: Iterable[Launch], jobs: int) -> list[Compiled]:
@@ -415,6 +432,8 @@ def problems(compiled: Compiled) -> list[str]:
         expected = _expected_wide_loads(launch)
         if compiled.instructions["wide load"] < expected:
             found.append(f"has {compiled.instructions['wide load']} 16-byte loads; expected at least {expected}")
+        if launch.kernel in STREAMING and launch.constants["BLOCK_M"] > 1 and compiled.in_flight < expected:
+            found.append(f"has {compiled.in_flight} 16-byte loads in flight together; expected at least {expected}")
         if launch.constants.get("TMA") and not compiled.instructions["TMA"]:
             found.append("does not use TMA, with which it is launched")
         is_matmul = launch.kernel == "linear_fwd_kernel" and launch.element_size == 2

@@ -107,23 +107,28 @@ def _times(
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     grad = torch.ones_like(tensors[0])
 
-    def forward(function: _Function) -> None:
+    def forward(function: _Function, calls: int) -> None:
         with torch.no_grad():
             for _ in range(calls):
                 function(*tensors)
 
-    def recorded(function: _Function) -> None:
+    def recorded(function: _Function, calls: int) -> None:
         for _ in range(calls):
             function(*leaves)
 
-    def both(function: _Function) -> None:
+    def both(function: _Function, calls: int) -> None:
         for _ in range(calls):
             torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
 
-    calls = 20 if settings.quick else 400
     found = {}
-    for mode, call in {"no gradient": forward, "recorded": recorded, "forward and backward": both}.items():
-        fns = {impl: partial(call, function) for impl, function in functions.items()}
-        times = interleave(fns, settings.rounds(30), warmup=3, device=settings.device)
+    # So many calls that a round takes some 10 to 40 ms, and the whole suite half a minute of a GPU's time
+    for mode, call, calls in (
+        ("no gradient", forward, 400),
+        ("recorded", recorded, 400),
+        ("forward and backward", both, 100),
+    ):
+        calls = 20 if settings.quick else calls
+        fns = {impl: partial(call, function, calls) for impl, function in functions.items()}
+        times = interleave(fns, settings.rounds(15), warmup=3, device=settings.device)
         found[mode] = {impl: [value / calls for value in values] for impl, values in times.items()}
     return found

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ia3_kernels
-from ia3_kernels import target, tuner
+from ia3_kernels import target, tune
 from ia3_kernels.backends import triton
 
 from .. import eager, measure
@@ -200,8 +200,8 @@ def _linear_times(
     if settings.on_gpu:
         output_scale = scales.get("output_scale")
         has_cuda = target.cuda_problem() is None and side == "output"
-        if has_cuda and tuner.hopper_linear(x, weight, output_scale) is not None:
-            fns["cuda"] = _cold(lambda w: tuner.hopper_linear(x, w, output_scale), weights, third + third // 2)
+        if has_cuda and tune.hopper_linear(x, weight, output_scale) is not None:
+            fns["cuda"] = _cold(lambda w: tune.hopper_linear(x, w, output_scale), weights, third + third // 2)
         if (matmul := _triton_matmul(settings, dtype)) is not None:
             fns["triton"] = _cold(lambda w: matmul(x, w, **scales), weights, third // 2)
         count = 32 if rows <= 64 else 4

@@ -1,23 +1,6 @@
-// Which arguments the Hopper matmul takes, and which of its tiles they get. Plain C++: no kernel is in here.
-//
-// The choice, by estimated clocks. A multiprocessor multiplies and adds 2048 times a clock, so that a step of a tile is
-// rows x outputs x 64 / 2048 clocks, if the operands come in time: 16-bit operands of a step are 128 (rows + outputs)
-// bytes, of which the cluster's sharing of the weight saves 64 x outputs. That is 32 bytes a clock for 128x256, 48 for
-// 128x128, 64 for 64x128, of the 40 or so that the L2 cache has for each multiprocessor: hence the tiles' rates below,
-// and hence the largest tile wherever it fills the device. What remains is to fill it:
-//   - 128x128 where 128x256 leaves much of its last, or only, wave idle, as at 2048 rows of a k_proj of 1024 outputs:
-//     64 tiles for 132 multiprocessors, against 128. It hides its epilogue, too, behind the other warpgroup's
-//     multiplying.
-//   - 64x128 for the same at 512 and 1024 rows.
-//   - stream-K where the last wave of 128x128 is as bad and steps are many, as at 512 rows of a down_proj from 8192 to
-//     3072: 96 tiles. It pays for even shares with sums that go through the L2 cache, one after the other.
-// These are estimates from the hardware's figures; bench/results holds what was measured.
+// Which arguments the Hopper matmul takes, and in which order its tiles are computed. Plain C++: no kernel is in here.
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cinttypes>
-#include <cmath>
-#include <limits>
 #include <utility>
 
 #include "hopper_linear.h"
@@ -29,77 +12,27 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// --- the choice: pure functions of shape and device ------------------------------------------------------------------
-
-struct Grid {
-  int64_t down, across;  // tiles, whole clusters
-  int64_t slots;         // thread blocks that run at a time: one a multiprocessor, in whole clusters
-
-  Grid(const HopperTile& tile, int64_t rows, int64_t outputs, int multiprocessors)
-      : down(round_up(ceil_div(rows, tile.rows), kHopperCluster)),
-        across(ceil_div(outputs, tile.outputs)),
-        slots(std::max(multiprocessors / kHopperCluster, 1) * kHopperCluster) {}
-
-  // With the padding to whole swizzles that CUTLASS adds to either side, and multiplies like the rest
-  int64_t tiles(int swizzle) const { return round_up(down, swizzle * kHopperCluster) * round_up(across, swizzle); }
-  int64_t waves(int swizzle) const { return ceil_div(tiles(swizzle), slots); }
-};
-
-double estimated_clocks(const HopperTile& tile, int64_t rows, int64_t outputs, int64_t inputs, int multiprocessors) {
-  const Grid grid(tile, rows, outputs, multiprocessors);
-  const double steps = double(ceil_div(inputs, kHopperStep));
-  const double area = double(tile.rows) * tile.outputs;
-  const double rate = area >= 128 * 256 ? 1.0 : area >= 128 * 128 ? 0.9 : 0.7;
-  const double step = area * kHopperStep / 2048 / rate;
-  const double epilogue = area / 16;  // 2 bytes an element, 32 bytes a clock
-  switch (tile.schedule) {
-    case Schedule::kCooperative:
-      return double(grid.waves(1)) * (steps * step + epilogue);
-    case Schedule::kPingpong:
-      return double(grid.waves(1)) * steps * step + epilogue;
-    case Schedule::kStreamK: {
-      const double tiles = double(grid.tiles(1));
-      const double share = std::max(tiles * steps / double(grid.slots), 8.0);  // CUTLASS gives none fewer steps
-      const double parts = std::ceil(steps / share) + 1;                       // of a tile, at most
-      const double clear = 4000;  // the launch before it that zeroes the counters: about two microseconds
-      return share * step + parts * 2 * (2 * epilogue) + clear;
-    }
-  }
-  return std::numeric_limits<double>::infinity();
-}
-
-int choose_tile(int64_t rows, int64_t outputs, int64_t inputs, int multiprocessors) {
-  int best = 0;
-  double least = std::numeric_limits<double>::infinity();
-  for (int tile = 0; tile < kHopperTileCount; ++tile) {
-    const double clocks = estimated_clocks(kHopperTiles[tile], rows, outputs, inputs, multiprocessors);
-    if (clocks < least) {
-      least = clocks;
-      best = tile;
-    }
-  }
-  return best;
-}
+// --- the order of tiles ----------------------------------------------------------------------------------------------
 
 // How many tiles wide the order of tiles runs down: a square of tiles shares more operands in the L2 cache than a
-// strip. The widest that costs no wave and little padding, whose tiles load operands like the others. Stream-K would
-// share the padding out among the multiprocessors, and has few waves.
+// strip. The widest that costs no wave and little padding, whose tiles load operands like the others.
 int choose_swizzle(const HopperTile& tile, int64_t rows, int64_t outputs, int multiprocessors) {
-  if (tile.schedule == Schedule::kStreamK) return 1;
-  const Grid grid(tile, rows, outputs, multiprocessors);
+  const int64_t down = round_up(ceil_div(rows, tile.rows), kHopperCluster), across = ceil_div(outputs, tile.outputs);
+  // Thread blocks that run at a time: one a multiprocessor, in whole clusters
+  const int64_t slots = std::max(multiprocessors / kHopperCluster, 1) * kHopperCluster;
+  // With the padding to whole swizzles that CUTLASS adds to either side, and multiplies like the rest
+  const auto tiles = [&](int swizzle) { return round_up(down, swizzle * kHopperCluster) * round_up(across, swizzle); };
   for (const int swizzle : {8, 4, 2}) {
-    const bool fits = std::min(grid.down, grid.across) >= swizzle;  // or CUTLASS takes a narrower one
-    if (fits && grid.waves(swizzle) == grid.waves(1) && 16 * grid.tiles(swizzle) <= 17 * grid.tiles(1)) return swizzle;
+    const bool fits = std::min(down, across) >= swizzle;  // or CUTLASS takes a narrower one
+    const bool costs_a_wave = ceil_div(tiles(swizzle), slots) > ceil_div(tiles(1), slots);
+    if (fits && !costs_a_wave && 16 * tiles(swizzle) <= 17 * tiles(1)) return swizzle;
   }
   return 1;
 }
 
 // --- the kernels by tile and type ------------------------------------------------------------------------------------
 
-struct Kernel {
-  size_t (*workspace)(const ia3_hopper_linear_args&, const HopperLaunch&);
-  ia3_status (*run)(const ia3_hopper_linear_args&, const HopperLaunch&, ia3_stream);
-};
+using Run = ia3_status (*)(const ia3_hopper_linear_args&, const HopperLaunch&, ia3_stream);
 
 #if defined(IA3_HOPPER)
 constexpr int kBuilt = kHopperTileCount;
@@ -108,16 +41,10 @@ constexpr int kBuilt = 0;
 #endif
 
 template <ia3_dtype kDType, int... kTiles>
-const Kernel* kernel_of(int tile, std::integer_sequence<int, kTiles...>) {
-  static constexpr Kernel kernels[] = {{HopperKernel<kTiles, kDType>::workspace, HopperKernel<kTiles, kDType>::run}...,
-                                       {}};
-  return &kernels[tile];
+Run kernel_of(int tile, std::integer_sequence<int, kTiles...>) {
+  static constexpr Run kernels[] = {HopperKernel<kTiles, kDType>::run..., nullptr};
+  return kernels[tile];
 }
-
-struct Plan {
-  const Kernel* kernel = nullptr;  // null: there is nothing to do
-  HopperLaunch launch = {};
-};
 
 // --- the arguments ---------------------------------------------------------------------------------------------------
 
@@ -143,82 +70,66 @@ ia3_status check_vector(const char* name, const void* data, size_t alignment) {
 }
 
 ia3_status check(const ia3_hopper_linear_args& args) {
-  const ia3_linear_output& output = args.output;
   if (args.dtype != IA3_FLOAT32 && args.dtype != IA3_BFLOAT16 && args.dtype != IA3_FLOAT16) {
     return fail(IA3_INVALID, "dtype is %d; expected one of ia3_dtype.", int(args.dtype));
   }
-  if (args.rows < 0 || args.in < 0 || output.out < 0) {
+  if (args.rows < 0 || args.in < 0 || args.out < 0) {
     return fail(IA3_INVALID, "rows, in, out are %" PRId64 ", %" PRId64 ", %" PRId64 "; expected none below 0.",
-                args.rows, args.in, output.out);
+                args.rows, args.in, args.out);
   }
-  if (args.tile < -1 || args.tile >= kHopperTileCount) {
-    return fail(IA3_INVALID, "tile is %d; expected -1, or less than the number of ia3_cuda_hopper_tiles(), %d.",
-                args.tile, kHopperTileCount);
+  if (args.tile < 0 || args.tile >= kHopperTileCount) {
+    return fail(IA3_INVALID, "tile is %d; expected one of the %d of ia3_cuda_hopper_tiles(), from 0.", args.tile,
+                kHopperTileCount);
   }
-  if (args.rows == 0 || output.out == 0) return IA3_OK;
+  if (args.rows == 0 || args.out == 0) return IA3_OK;
   if (args.dtype == IA3_FLOAT32) {
     return fail(IA3_UNSUPPORTED, "dtype is fp32; expected bf16 or fp16: use another kernel.");
   }
-  if (output.scale.index != nullptr) {
-    return fail(IA3_UNSUPPORTED, "scale.index is given; expected one scale for all rows: use another kernel.");
-  }
   constexpr int64_t kMost = int64_t{1} << 30;  // CUTLASS counts in int, and rounds up to tiles
-  if (args.in == 0 || args.in % 8 != 0 || output.out % 8 != 0 || std::max({args.rows, args.in, output.out}) > kMost) {
+  if (args.in == 0 || args.in % 8 != 0 || args.out % 8 != 0 || std::max({args.rows, args.in, args.out}) > kMost) {
     return fail(IA3_UNSUPPORTED,
                 "rows, in, out are %" PRId64 ", %" PRId64 ", %" PRId64
                 "; expected at most 2^30, and positive multiples "
                 "of 8 for in and out: use another kernel.",
-                args.rows, args.in, output.out);
+                args.rows, args.in, args.out);
   }
-  if (const ia3_status status = check_vector("bias", output.bias, 2)) return status;
-  if (const ia3_status status = check_vector("scale", output.scale.scale, sizeof(float))) return status;
+  if (const ia3_status status = check_vector("bias", args.bias, 2)) return status;
+  if (const ia3_status status = check_vector("scale", args.scale, sizeof(float))) return status;
   if (const ia3_status status = check_matrix("x", args.x, args.rows, args.in, args.x_stride)) return status;
-  if (const ia3_status status = check_matrix("weight", output.weight, output.out, args.in, output.weight_stride)) {
+  if (const ia3_status status = check_matrix("weight", args.weight, args.out, args.in, args.weight_stride)) {
     return status;
   }
-  return check_matrix("y", output.y, args.rows, output.out, output.y_stride);
+  return check_matrix("y", args.y, args.rows, args.out, args.y_stride);
 }
 
-// Kept per device, since it is asked for at every call.
 ia3_status multiprocessors_of_current_device(int* count) {
-  static std::array<std::atomic<int>, 64> known{};
-  int device = 0;
+  int device = 0, major = 0, minor = 0;
   if (const ia3_status status = checked(cudaGetDevice(&device))) return status;
-  std::atomic<int>* const slot = size_t(device) < known.size() ? &known[size_t(device)] : nullptr;
-  *count = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
-  if (*count > 0) return IA3_OK;
-
-  int major = 0, minor = 0;
   const std::pair<cudaDeviceAttr, int*> questions[] = {{cudaDevAttrComputeCapabilityMajor, &major},
                                                        {cudaDevAttrComputeCapabilityMinor, &minor},
                                                        {cudaDevAttrMultiProcessorCount, count}};
-  for (const auto& [attribute, answer] : questions) {
+  for (const auto& [attribute, answer] : questions) {  // of which the runtime keeps the answers
     if (const ia3_status status = checked(cudaDeviceGetAttribute(answer, attribute, device))) return status;
   }
-  if (major != 9 || minor != 0) {  // sm_90a's machine code runs on nothing else, newer devices included
-    return fail(IA3_UNSUPPORTED, "the device's compute capability is %d.%d; expected 9.0: use another kernel.", major,
-                minor);
-  }
-  if (slot != nullptr) slot->store(*count, std::memory_order_relaxed);
-  return IA3_OK;
+  if (major == 9 && minor == 0) return IA3_OK;  // sm_90a's machine code runs on nothing else, newer devices included
+  return fail(IA3_UNSUPPORTED, "the device's compute capability is %d.%d; expected 9.0: use another kernel.", major,
+              minor);
 }
 
-ia3_status make_plan(const ia3_hopper_linear_args* args, Plan* plan) {
-  if (args == nullptr) return fail(IA3_INVALID, "args is null; expected the address of an ia3_hopper_linear_args.");
-  if (const ia3_status status = check(*args)) return status;
-  const int64_t rows = args->rows, outputs = args->output.out;
+ia3_status run(const ia3_hopper_linear_args& args, ia3_stream stream) {
+  if (const ia3_status status = check(args)) return status;
+  const int64_t rows = args.rows, outputs = args.out;
   if (rows == 0 || outputs == 0) return IA3_OK;
   if (kBuilt == 0)
     return fail(IA3_UNSUPPORTED,
                 "this library was built without CUTLASS, which the Hopper matmul needs: use another kernel.");
   int multiprocessors = 0;
   if (const ia3_status status = multiprocessors_of_current_device(&multiprocessors)) return status;
-  const int tile = args->tile >= 0 ? args->tile : choose_tile(rows, outputs, args->in, multiprocessors);
   constexpr std::make_integer_sequence<int, kBuilt> built;
-  plan->kernel =
-      args->dtype == IA3_BFLOAT16 ? kernel_of<IA3_BFLOAT16>(tile, built) : kernel_of<IA3_FLOAT16>(tile, built);
-  plan->launch = {multiprocessors, choose_swizzle(kHopperTiles[tile], rows, outputs, multiprocessors)};
-  return IA3_OK;
+  const Run kernel =
+      args.dtype == IA3_BFLOAT16 ? kernel_of<IA3_BFLOAT16>(args.tile, built) : kernel_of<IA3_FLOAT16>(args.tile, built);
+  const int swizzle = choose_swizzle(kHopperTiles[args.tile], rows, outputs, multiprocessors);
+  return kernel(args, {multiprocessors, swizzle}, stream);
 }
 
 template <size_t... kTiles>
@@ -234,20 +145,9 @@ const char* const* ia3_cuda_hopper_tiles(void) {
   return ia3::cuda::names_of(std::make_index_sequence<ia3::cuda::kBuilt>());
 }
 
-size_t ia3_cuda_hopper_linear_workspace(const ia3_hopper_linear_args* args) {
-  ia3::cuda::Plan plan;
-  if (ia3::cuda::make_plan(args, &plan) != IA3_OK || plan.kernel == nullptr) return 0;
-  return plan.kernel->workspace(*args, plan.launch);
-}
-
 ia3_status ia3_cuda_hopper_linear(const ia3_hopper_linear_args* args, ia3_stream stream) {
-  ia3::cuda::Plan plan;
-  if (const ia3_status status = ia3::cuda::make_plan(args, &plan)) return status;
-  if (plan.kernel == nullptr) return IA3_OK;
-  const size_t bytes = plan.kernel->workspace(*args, plan.launch);
-  if (bytes > 0 && (args->workspace == nullptr || reinterpret_cast<uintptr_t>(args->workspace) % 16 != 0)) {
-    return ia3::cuda::fail(IA3_INVALID, "workspace is %p; expected %zu bytes at a multiple of 16.", args->workspace,
-                           bytes);
+  if (args == nullptr) {
+    return ia3::cuda::fail(IA3_INVALID, "args is null; expected the address of an ia3_hopper_linear_args.");
   }
-  return plan.kernel->run(*args, plan.launch, stream);
+  return ia3::cuda::run(*args, stream);
 }

@@ -34,17 +34,11 @@ template <Schedule kSchedule>
 struct Schedules {
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
   using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
-  using Tiles = cutlass::gemm::PersistentScheduler;
 };
 template <>
 struct Schedules<Schedule::kPingpong> {
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
   using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
-  using Tiles = cutlass::gemm::PersistentScheduler;
-};
-template <>
-struct Schedules<Schedule::kStreamK> : Schedules<Schedule::kCooperative> {
-  using Tiles = cutlass::gemm::StreamKScheduler;
 };
 
 // The types that CUTLASS builds for one tile. To it, x is A, the weight is B and y is D.
@@ -77,29 +71,22 @@ struct Matmul {
       cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
       typename Types::Mainloop>::CollectiveOp;
 
-  using Kernel =
-      cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue, typename Types::Tiles>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue,
+                                                      cutlass::gemm::PersistentScheduler>;
 
   static typename Kernel::Arguments arguments(const ia3_hopper_linear_args& args, const HopperLaunch& launch) {
-    const ia3_linear_output& output = args.output;
     typename Kernel::Arguments result;
     result.mode = cutlass::gemm::GemmUniversalMode::kGemm;
-    result.problem_shape = {int(args.rows), int(output.out), int(args.in), 1};
+    result.problem_shape = {int(args.rows), int(args.out), int(args.in), 1};
     result.mainloop.ptr_A = static_cast<const T*>(args.x);
     result.mainloop.dA = {args.x_stride, _1{}, 0};
-    result.mainloop.ptr_B = static_cast<const T*>(output.weight);
-    result.mainloop.dB = {output.weight_stride, _1{}, 0};
-    result.epilogue.thread = {{{}, {static_cast<const T*>(output.bias), T(0)}, {}}, {output.scale.scale, 1.0f}, {}};
-    result.epilogue.ptr_D = static_cast<T*>(output.y);
-    result.epilogue.dD = {output.y_stride, _1{}, 0};
+    result.mainloop.ptr_B = static_cast<const T*>(args.weight);
+    result.mainloop.dB = {args.weight_stride, _1{}, 0};
+    result.epilogue.thread = {{{}, {static_cast<const T*>(args.bias), T(0)}, {}}, {args.scale, 1.0f}, {}};
+    result.epilogue.ptr_D = static_cast<T*>(args.y);
+    result.epilogue.dD = {args.y_stride, _1{}, 0};
     result.hw_info.sm_count = launch.multiprocessors;
     result.scheduler.max_swizzle_size = launch.swizzle;
-    if constexpr (kShape.schedule == Schedule::kStreamK) {
-      // Its own heuristic would not split where the last wave is more than half full. Who shares a tile adds to its
-      // sums in the order of the inputs (CUTLASS' default), waiting for thread blocks of lower number only: the same
-      // bits every time, and no deadlock where they do not all run at once.
-      result.scheduler.decomposition_mode = Kernel::TileScheduler::DecompositionMode::StreamK;
-    }
     return result;
   }
 };
@@ -120,12 +107,6 @@ cudaError_t prepare() {
 
 }  // namespace
 
-template <int kTile, ia3_dtype kDType>
-size_t HopperKernel<kTile, kDType>::workspace(const ia3_hopper_linear_args& args, const HopperLaunch& launch) {
-  using Traits = Matmul<kTile, Element<kDType>>;
-  return Traits::Kernel::get_workspace_size(Traits::arguments(args, launch));
-}
-
 // Launched by hand: CUTLASS' own launcher sets the kernel's attributes at each call, and clears the runtime's error.
 template <int kTile, ia3_dtype kDType>
 ia3_status HopperKernel<kTile, kDType>::run(const ia3_hopper_linear_args& args, const HopperLaunch& launch,
@@ -135,11 +116,10 @@ ia3_status HopperKernel<kTile, kDType>::run(const ia3_hopper_linear_args& args, 
   if (const cudaError_t error = prepare<Kernel>(); error != cudaSuccess) return checked(error);
 
   const typename Kernel::Arguments arguments = Traits::arguments(args, launch);
-  // stream-K: zeroes the counters through which multiprocessors wait for one another
-  if (Kernel::initialize_workspace(arguments, args.workspace, stream) != cutlass::Status::kSuccess) {
-    return fail(IA3_CUDA_ERROR, "CUDA refused to clear the workspace of the Hopper matmul.");
+  if (Kernel::get_workspace_size(arguments) != 0) {  // a scheduler or an epilogue of another CUTLASS
+    return fail(IA3_UNSUPPORTED, "this CUTLASS wants a workspace, expected none: use another kernel.");
   }
-  typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, args.workspace);
+  typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
 
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;

@@ -16,7 +16,6 @@ inline constexpr int kHopperCluster = 2;
 enum class Schedule {
   kCooperative,  // two warpgroups share a tile: the largest tile, but nothing hides its epilogue
   kPingpong,     // two warpgroups, a tile each: one multiplies while the other stores
-  kStreamK,      // cooperative; multiprocessors get equal shares of the steps, and add up the tiles that they share
 };
 
 struct HopperTile {
@@ -26,12 +25,14 @@ struct HopperTile {
   Schedule schedule;
 };
 
-// Which one is taken for a shape, and why there are these, is in hopper_dispatch.cpp.
+// Each was the fastest of all routes for some shape on an H100 (bench/results). A multiprocessor loads 16-bit operands
+// of 128 (rows + outputs) bytes for rows x outputs x 64 / 2048 clocks of multiplying: the largest is the one to take
+// where it fills the device, the others fill it with fewer rows. Which one a shape takes is measured:
+// ia3_kernels/routes.py.
 inline constexpr HopperTile kHopperTiles[] = {
     {"128x256x64 cooperative", 128, 256, Schedule::kCooperative},
     {"128x128x64 pingpong", 128, 128, Schedule::kPingpong},
     {"64x128x64 pingpong", 64, 128, Schedule::kPingpong},
-    {"128x128x64 stream-k", 128, 128, Schedule::kStreamK},
 };
 inline constexpr int kHopperTileCount = sizeof(kHopperTiles) / sizeof(kHopperTiles[0]);
 
@@ -43,7 +44,6 @@ struct HopperLaunch {
 // Instantiated in hopper_linear.cu, which is compiled once per tile. The arguments have been checked.
 template <int kTile, ia3_dtype kDType>
 struct HopperKernel {
-  static size_t workspace(const ia3_hopper_linear_args& args, const HopperLaunch& launch);
   static ia3_status run(const ia3_hopper_linear_args& args, const HopperLaunch& launch, ia3_stream stream);
 };
 

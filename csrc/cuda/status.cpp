@@ -34,3 +34,11 @@ const int* ia3_cuda_architectures(void) {
   static const int architectures[] = {IA3_CUDA_ARCHITECTURES, 0};
   return architectures;
 }
+
+// The runtime cannot say it of the legacy stream while another one is captured: an error, and not one of a launch.
+int ia3_cuda_is_capturing(ia3_stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status == cudaStreamCaptureStatusActive;
+  cudaGetLastError();
+  return 0;
+}

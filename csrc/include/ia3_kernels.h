@@ -53,6 +53,10 @@ IA3_EXPORT const int* ia3_cuda_architectures(void);
 /* A hash of the sources that the kernels were built from, by which measurements know what they measured. */
 IA3_EXPORT const char* ia3_cuda_sources(void);
 
+/* Whether work that is put on the stream is captured into a CUDA graph instead of run; 0 where the runtime cannot say.
+ */
+IA3_EXPORT int ia3_cuda_is_capturing(ia3_stream stream);
+
 /* Which scale each row takes: `scale` itself, or the row of it that `index` names; ones for -1. Any other index outside
  * of [0, adapters) reads nothing and makes the row NaN. */
 typedef struct {
@@ -159,32 +163,23 @@ typedef struct {
 
 IA3_EXPORT ia3_status ia3_cuda_scale_weight(const ia3_scale_weight_args* args, ia3_stream stream);
 
-/* A linear layer and its output: y = (x W^T + b) s_out. */
-typedef struct {
-  int64_t out;
-  const void* weight; /* [out, in] */
-  int64_t weight_stride;
-  const void* bias; /* [out], or null */
-  ia3_scale scale;
-  void* y; /* [rows, out] */
-  int64_t y_stride;
-} ia3_linear_output;
-
-/* y = (x W^T + b) s_out on Hopper's tensor cores: bf16 and fp16, weight [out, in], every row on 16 bytes, `scale`
- * without `index`. IA3_UNSUPPORTED elsewhere. */
+/* y = (x W^T + b) s on Hopper's tensor cores: bf16 and fp16, every row on 16 bytes. IA3_UNSUPPORTED elsewhere. */
 typedef struct {
   ia3_dtype dtype;
-  int64_t rows, in;
+  int64_t rows, in, out;
   const void* x; /* [rows, in] */
   int64_t x_stride;
-  ia3_linear_output output;
-  int tile;        /* which of ia3_cuda_hopper_tiles(); -1: chosen by shape */
-  void* workspace; /* ia3_cuda_hopper_linear_workspace() bytes, 16-byte aligned; not read where 0 */
+  const void* weight; /* [out, in] */
+  int64_t weight_stride;
+  const void* bias;   /* [out], or null */
+  const float* scale; /* [out], or null */
+  void* y;            /* [rows, out] */
+  int64_t y_stride;
+  int tile; /* which of ia3_cuda_hopper_tiles(), from 0 */
 } ia3_hopper_linear_args;
 
 /* The names of the tiles that were built, ended by null: rows x outputs x inputs of a tile, and its schedule. */
 IA3_EXPORT const char* const* ia3_cuda_hopper_tiles(void);
-IA3_EXPORT size_t ia3_cuda_hopper_linear_workspace(const ia3_hopper_linear_args* args);
 IA3_EXPORT ia3_status ia3_cuda_hopper_linear(const ia3_hopper_linear_args* args, ia3_stream stream);
 
 #ifdef __cplusplus

@@ -45,13 +45,16 @@ extern const Backend kPythonBackend;  // python_backend.cpp: Triton, the referen
 const Backend& backend_of(const char* op, const at::Tensor& x);
 void forget_choices();
 
-// How a GPU computes a product of `rows` rows; chosen in Python, once for each shape, and kept likewise.
+// How a GPU computes a product; chosen in Python, once for each kind of call, and kept likewise. Triton's launches cost
+// the host more than they save the GPU where a product is small: those routes are taken inside of CUDA graphs only.
 enum class Route { kLibrary, kTriton, kCuda };
 struct LinearRoute {
   Route route;
   int tile;  // of kCuda
 };
-LinearRoute linear_route(const at::Tensor& x, const at::Tensor& weight);
+LinearRoute linear_route(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                         const OptionalTensor& adapter_index, bool (*is_capturing)(const at::Tensor& x));
 
 // Calls ia3_kernels.backends.<function>; in python_backend.cpp, like the choices.
 at::Tensor linear_by_triton(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,

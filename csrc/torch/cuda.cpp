@@ -26,6 +26,7 @@ struct Library {
   IA3_FUNCTION(ia3_last_error)                         \
   IA3_FUNCTION(ia3_cuda_architectures)                 \
   IA3_FUNCTION(ia3_cuda_sources)                       \
+  IA3_FUNCTION(ia3_cuda_is_capturing)                  \
   IA3_FUNCTION(ia3_cuda_activation)                    \
   IA3_FUNCTION(ia3_cuda_activation_backward_workspace) \
   IA3_FUNCTION(ia3_cuda_activation_backward)           \
@@ -34,7 +35,6 @@ struct Library {
   IA3_FUNCTION(ia3_cuda_scale_pair_backward)           \
   IA3_FUNCTION(ia3_cuda_scale_weight)                  \
   IA3_FUNCTION(ia3_cuda_hopper_tiles)                  \
-  IA3_FUNCTION(ia3_cuda_hopper_linear_workspace)       \
   IA3_FUNCTION(ia3_cuda_hopper_linear)
   IA3_FUNCTIONS
 #undef IA3_FUNCTION
@@ -258,7 +258,7 @@ void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t di
   demand("scale_weight_", library.ia3_cuda_scale_weight(&args, launch));
 }
 
-// (x W^T + b) s on Hopper's tensor cores; undefined where the kernel does not take the arguments. Tile -1: by shape.
+// (x W^T + b) s on Hopper's tensor cores; undefined where the kernel does not take the arguments.
 at::Tensor hopper_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& output_scale, int tile) {
   if (x.scalar_type() == at::kFloat || weight.stride(1) != 1 || x.numel() == 0 || weight.numel() == 0) return {};
@@ -273,16 +273,14 @@ at::Tensor hopper_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   args.in = rows.cols;
   args.x = rows.data;
   args.x_stride = rows.stride;
-  args.output.out = weight.size(0);
-  args.output.weight = weight.const_data_ptr();
-  args.output.weight_stride = weight.stride(0);
-  args.output.bias = bias ? dense_bias.const_data_ptr() : nullptr;
-  args.output.scale = scale.view;
-  args.output.y = y.mutable_data_ptr();
-  args.output.y_stride = weight.size(0);
+  args.out = weight.size(0);
+  args.weight = weight.const_data_ptr();
+  args.weight_stride = weight.stride(0);
+  args.bias = bias ? dense_bias.const_data_ptr() : nullptr;
+  args.scale = scale.view.scale;
+  args.y = y.mutable_data_ptr();
+  args.y_stride = weight.size(0);
   args.tile = tile;
-  const at::Tensor workspace = bytes_like(x, library.ia3_cuda_hopper_linear_workspace(&args));
-  args.workspace = workspace.mutable_data_ptr();
   const ia3_status status = library.ia3_cuda_hopper_linear(&args, launch);
   if (status == IA3_UNSUPPORTED) return {};
   demand("scaled_linear", status);
@@ -291,25 +289,38 @@ at::Tensor hopper_linear(const at::Tensor& x, const at::Tensor& weight, const Op
 
 // The library's product, and a pass of 2 T N b bytes over it: in place, or from the product that somebody keeps. The
 // product is rounded before it is scaled, as the eager formula does; the pass itself rounds once.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& input_scale, const OptionalTensor& output_scale,
-                  const OptionalTensor& adapter_index, at::Tensor* product) {
-  const bool is_scaled = input_scale || output_scale;
-  const LinearRoute route = is_scaled && product == nullptr ? linear_route(x, weight) : LinearRoute{};
-  if (route.route == Route::kTriton) {
-    return linear_by_triton(x, weight, bias, input_scale, output_scale, adapter_index);
-  }
-  const at::Tensor rows =
-      input_scale ? activation(x, std::nullopt, input_scale, Activation::kIdentity, adapter_index, std::nullopt) : x;
-  if (route.route == Route::kCuda && !(adapter_index && output_scale)) {
-    const at::Tensor y = hopper_linear(rows, weight, bias, output_scale, route.tile);
-    if (y.defined()) return y;
-  }
-  const at::Tensor y = at::linear(rows, weight, bias);
+at::Tensor library_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& output_scale, const OptionalTensor& adapter_index,
+                          at::Tensor* product) {
+  const at::Tensor y = at::linear(x, weight, bias);
   if (product != nullptr) *product = y;
   if (!output_scale) return y;
   return activation(y, std::nullopt, output_scale, Activation::kIdentity, adapter_index,
                     product == nullptr ? OptionalTensor(y) : std::nullopt);
+}
+
+at::Tensor scaled_input(const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& adapter_index) {
+  return scale ? activation(x, std::nullopt, scale, Activation::kIdentity, adapter_index, std::nullopt) : x;
+}
+
+bool is_capturing(const at::Tensor& x) { return library.ia3_cuda_is_capturing(Launch(x)) != 0; }
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                  const OptionalTensor& adapter_index, at::Tensor* product) {
+  LinearRoute route{};
+  if ((input_scale || output_scale) && product == nullptr) {
+    route = linear_route(x, weight, bias, input_scale, output_scale, adapter_index, is_capturing);
+  }
+  if (route.route == Route::kTriton) {
+    return linear_by_triton(x, weight, bias, input_scale, output_scale, adapter_index);
+  }
+  const at::Tensor rows = scaled_input(x, input_scale, adapter_index);
+  if (route.route == Route::kCuda && !(adapter_index && output_scale)) {
+    const at::Tensor y = hopper_linear(rows, weight, bias, output_scale, route.tile);
+    if (y.defined()) return y;
+  }
+  return library_linear(rows, weight, bias, output_scale, adapter_index, product);
 }
 
 template <typename T>
@@ -330,14 +341,17 @@ void bind_cuda(py::module_& module) {
   module.def("sources", [] { return library.ia3_cuda_sources(); });
   module.def("hopper_tiles", [] { return listed(library.ia3_cuda_hopper_tiles()); });
   module.def(
-      "hopper_linear",
-      [](const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& output_scale,
-         int tile) -> OptionalTensor {
+      "scaled_linear",
+      [](const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& input_scale,
+         const OptionalTensor& output_scale, int tile) -> OptionalTensor {
         const BelowAutograd below;
-        const at::Tensor y = hopper_linear(x, weight, bias, output_scale, tile);
+        const at::Tensor rows = scaled_input(x, input_scale, std::nullopt);
+        if (tile < 0) return library_linear(rows, weight, std::nullopt, output_scale, std::nullopt, nullptr);
+        const at::Tensor y = hopper_linear(rows, weight, std::nullopt, output_scale, tile);
         return y.defined() ? OptionalTensor(y) : std::nullopt;
       },
-      py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("output_scale"), py::arg("tile"));
+      py::arg("x"), py::arg("weight"), py::arg("input_scale"), py::arg("output_scale"), py::arg("tile"),
+      "For measuring: by this tile of the Hopper matmul, or None where it declines; -1 for the library and a pass.");
 }
 
 }  // namespace ia3

@@ -92,24 +92,67 @@ std::atomic<const Backend*>* place_of(const at::Tensor& x) {
   }
 }
 
+// What a route depends on, and the program that Triton would compile for it: which tensors there are, of which types,
+// and which addresses and strides are multiples of 16.
 struct LinearKey {
-  int64_t device, rows, out, in;
-  int dtype_and_layout;
+  int64_t device, rows, out, in, adapters, kind;
   bool operator==(const LinearKey&) const = default;
 };
 
 struct LinearKeyHash {
   size_t operator()(const LinearKey& key) const {
-    size_t hash = size_t(key.dtype_and_layout);
-    for (const int64_t value : {key.device, key.rows, key.out, key.in}) {
+    size_t hash = size_t(key.kind);
+    for (const int64_t value : {key.device, key.rows, key.out, key.in, key.adapters}) {
       hash = hash * 0x9E3779B97F4A7C15 + size_t(value);
     }
     return hash;
   }
 };
 
+// Up to 16 each number of rows is a program of its own. More are rounded up to three leading bits, as by
+// ia3_kernels.routes.counted, so that lengths that change from step to step share what is known.
+int64_t counted(int64_t rows) {
+  if (rows <= 16) return rows;
+  int64_t unit = 1;
+  while (rows / unit >= 8) unit *= 2;
+  return (rows + unit - 1) / unit * unit;
+}
+
+LinearKey key_of(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                 const OptionalTensor& adapter_index) {
+  int64_t kind = 2 * int(x.scalar_type()) + (weight.stride(1) != 1);
+  const auto note = [&](uintptr_t place) { kind = 2 * kind + (place % 16 == 0); };
+  for (const at::Tensor* matrix : {&x, &weight}) {
+    note(uintptr_t(matrix->const_data_ptr()));
+    uintptr_t strides = 0;
+    for (const int64_t stride : matrix->strides()) strides |= stride == 1 ? 0 : uintptr_t(stride);
+    note(strides);
+  }
+  for (const OptionalTensor* given : {&bias, &input_scale, &output_scale, &adapter_index}) {
+    kind = 64 * kind + (*given ? int((*given)->scalar_type()) + 1 : 0);
+    if (*given) note(uintptr_t((*given)->const_data_ptr()));
+  }
+  const OptionalTensor& scale = output_scale ? output_scale : input_scale;
+  return {x.device().index(),
+          counted(x.numel() / std::max<int64_t>(1, x.size(-1))),
+          weight.size(0),
+          weight.size(1),
+          adapter_index ? scale->size(0) : 0,
+          kind};
+}
+
+struct Routes {
+  Route eager, captured;
+  int tile;
+};
+
 std::shared_mutex routes_mutex;
-std::unordered_map<LinearKey, LinearRoute, LinearKeyHash> routes;
+std::unordered_map<LinearKey, Routes, LinearKeyHash> known_routes;
+
+Route route_of(const std::string& name) {
+  return name == "triton" ? Route::kTriton : name == "cuda" ? Route::kCuda : Route::kLibrary;
+}
 
 }  // namespace
 
@@ -131,28 +174,32 @@ const Backend& backend_of(const char* op, const at::Tensor& x) {
   return *chosen;
 }
 
-LinearRoute linear_route(const at::Tensor& x, const at::Tensor& weight) {
-  const bool is_transposed = weight.stride(1) != 1;
-  const int64_t rows = x.numel() / std::max<int64_t>(1, x.size(-1));
-  int64_t bucket = 1;  // of rows: powers of two, as measurements are filed
-  while (bucket < rows) bucket *= 2;
-  const LinearKey key{x.device().index(), bucket, weight.size(0), weight.size(1),
-                      2 * int(x.scalar_type()) + int(is_transposed)};
+LinearRoute linear_route(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                         const OptionalTensor& adapter_index, bool (*is_capturing)(const at::Tensor& x)) {
+  const LinearKey key = key_of(x, weight, bias, input_scale, output_scale, adapter_index);
+  std::optional<Routes> routes;
   {
     const std::shared_lock lock(routes_mutex);
-    if (const auto found = routes.find(key); found != routes.end()) return found->second;
+    if (const auto found = known_routes.find(key); found != known_routes.end()) routes = found->second;
   }
-  LinearRoute route{};
-  {
-    py::gil_scoped_acquire gil;
-    const auto answer =
-        function("linear_route")(x, rows, key.out, key.in, is_transposed).cast<std::tuple<std::string, int>>();
-    const std::string& name = std::get<0>(answer);
-    route = {name == "triton" ? Route::kTriton : name == "cuda" ? Route::kCuda : Route::kLibrary, std::get<1>(answer)};
+  if (!routes) {
+    bool holds = false;
+    {
+      py::gil_scoped_acquire gil;
+      const auto answer =
+          function("linear_route")(x, weight, bias, input_scale, output_scale, adapter_index, is_capturing(x))
+              .cast<std::tuple<std::string, std::string, int, bool>>();
+      routes = {route_of(std::get<0>(answer)), route_of(std::get<1>(answer)), std::get<2>(answer)};
+      holds = std::get<3>(answer);
+    }
+    if (holds) {
+      const std::unique_lock lock(routes_mutex);
+      known_routes.emplace(key, *routes);
+    }
   }
-  const std::unique_lock lock(routes_mutex);
-  routes.emplace(key, route);
-  return route;
+  const bool is_captured = routes->captured != routes->eager && is_capturing(x);
+  return {is_captured ? routes->captured : routes->eager, routes->tile};
 }
 
 void forget_choices() {
@@ -160,7 +207,7 @@ void forget_choices() {
     for (auto& place : of_device) place.store(nullptr, std::memory_order_release);
   }
   const std::unique_lock lock(routes_mutex);
-  routes.clear();
+  known_routes.clear();
 }
 
 at::Tensor linear_by_triton(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,

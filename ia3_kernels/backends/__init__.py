@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import matmul, measured, target
+from .. import matmul, routes, target
 from ..chunks import chunks_by_adapter
+from ..launches import activation_launch
 from ..schemas import COMPILED, EXACT, LIBRARY, SCHEMAS, check_arguments
-from ..tuning import activation_launch
 from . import cuda, native, reference, triton
 from .base import Backend
 
@@ -112,6 +112,7 @@ def refresh() -> None:
     IA3_BACKEND, IA3_GPU_MATMUL and what `ia3 tune` has measured. Call this after one of them has changed.
     """
     choose.cache_clear()
+    matmul.forget_choices()
     library = target.native_library()
     if isinstance(library, ModuleType):
         library.forget_choices()
@@ -154,11 +155,31 @@ def run(op: str, first: Tensor, *args: Any) -> Any:
     return backend.operators[op](first, *args)
 
 
-def linear_route(x: Tensor, rows: int, outputs: int, inputs: int, is_transposed: bool) -> tuple[str, int]:
-    """Return how a GPU computes this product, ``library``, ``triton`` or ``cuda``, and the number of cuda's tile."""
-    route = measured.linear_route(x.device.index, rows, outputs, inputs, x.dtype, is_transposed)
-    tiles = target.hopper_tiles() if route.name == "cuda" else []
-    return route.name, tiles.index(route.tile) if route.tile in tiles else -1
+def linear_route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    output_scale: Tensor | None,
+    adapter_index: Tensor | None,
+    is_capturing: bool,
+) -> tuple[str, str, int, bool]:
+    """Choose how the CUDA backend computes a product: outside of CUDA graphs, inside, the tile, whether that holds.
+
+    The kernel of a route that only graphs take has to be compiled and loaded before there is a graph, since a capture
+    allows neither: it is run here once, and its result dropped. Where a capture comes first it goes without.
+    """
+    product = matmul.product_of(x, weight, "input" if output_scale is None else "output")
+    eager, captured = (
+        routes.linear_route(x.device.index, product, routes.available(), is_captured, adapter_index is not None)
+        for is_captured in (False, True)
+    )
+    tile = target.hopper_tile(captured.tile)
+    if captured.name == "triton" != eager.name:
+        if is_capturing:
+            return eager.name, eager.name, tile, False
+        linear_by_triton(x, weight, bias, input_scale, output_scale, adapter_index)
+    return eager.name, captured.name, tile, True
 
 
 def linear_by_triton(x: Tensor, *args: Any) -> Tensor:

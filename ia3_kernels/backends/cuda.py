@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import matmul, target
+from .. import matmul, routes, target
 from ..schemas import COMPILED
 from .base import Backend
 
 
 def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
-    return matmul.describe(device, dtype, shape) if op == "scaled_linear" else ""
+    if op != "scaled_linear":
+        return ""
+    return matmul.describe(device, dtype, shape, sorted(routes.available()), is_captured=False)
 
 
 BACKEND = Backend(

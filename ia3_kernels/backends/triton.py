@@ -71,7 +71,9 @@ def _operators() -> Mapping[str, Callable[..., object]]:
 
 
 def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
-    return matmul.describe(device, dtype, shape) if op == "scaled_linear" else ""
+    if op != "scaled_linear":
+        return ""
+    return matmul.describe(device, dtype, shape, ["triton"], is_captured=True)
 
 
 BACKEND = Backend(

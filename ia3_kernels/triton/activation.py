@@ -1,6 +1,7 @@
 """``gated_activation``, ``scaled_activation`` and their backward passes: memory-bound, one pass each.
 
-``T`` rows, ``I`` columns, ``b`` bytes an element. The scale is read once per row block, out of L2.
+``T`` rows, ``I`` columns, ``b`` bytes an element. A thread stays in 16 bytes of columns, for which it reads the scale
+once, and has the loads of BLOCK_M rows in flight together.
 
 ========================  ==========================================  ==================  =====================
 kernel                    equation                                    bytes moved         flops
@@ -27,9 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chunks import chunks_by_adapter
+from ..launches import ActivationLaunch, activation_launch
 from ..schemas import as_vector
-from ..tuning import ActivationLaunch, activation_launch
-from .functions import activate, activate_with_derivative, load_scale, round_to, sum_chunks
+from .functions import LANES, activate, add_to_sum, load_scale, round_to, sum_chunks, tile_of_program
 
 
 @triton.jit
@@ -50,20 +51,35 @@ def activation_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (row < rows) & (col < cols)
-    # h = act(g) ∘ u ∘ s
-    h = activate(tl.load(gate + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    if up is not None:
-        h *= tl.load(up + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
-    if scale is not None:
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    first, col = tile_of_program(cols, BLOCK_M, BLOCK_N)
+    inside = col < cols
+    if scale is not None and index is None:
+        s = tl.load(scale + col, mask=inside)
+    g: tl.tuple = ()
+    u: tl.tuple = ()
+    scales: tl.tuple = ()
+    for i in tl.static_range(BLOCK_M):
+        row = first + i
+        mask = inside & (row < rows)
+        g += (tl.load(gate + row * gate_stride + col, mask=mask),)
+        if up is not None:
+            u += (tl.load(up + row * up_stride + col, mask=mask),)
         if index is not None:
             adapter = tl.load(index + row, mask=row < rows, other=-1)
-            h *= load_scale(scale, adapter, adapters, scale_stride, col, mask)
-        else:
-            h *= tl.load(scale + col, mask=col < cols, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + col, round_to(h, out.dtype.element_ty), mask=mask)
+            scales += (load_scale(scale, adapter, adapters, scale_stride, col, mask),)
+    for i in tl.static_range(BLOCK_M):
+        # Behind a branch no compiler begins before the last load is on its way.
+        if first + i < rows:
+            # h = act(g) ∘ u ∘ s
+            h, _ = activate(g[i].to(tl.float32), ACTIVATION, DTYPE)
+            if up is not None:
+                h *= u[i].to(tl.float32)
+            if index is not None:
+                h *= scales[i]
+            elif scale is not None:
+                h *= s.to(tl.float32)
+            tl.store(out + (first + i) * out_stride + col, round_to(h, DTYPE), mask=inside)
 
 
 @triton.jit
@@ -93,47 +109,52 @@ def activation_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    DTYPE: tl.constexpr = gate.dtype.element_ty
+    first, col = tile_of_program(cols, CHUNK, BLOCK_N)
+    chunk = first // CHUNK
+    last = tl.minimum(first + CHUNK, rows)
+    inside = col < cols
     if order is not None:
-        first = tl.load(chunk_first + chunk)
-        last = tl.load(chunk_last + chunk)
-    else:
-        first = chunk * CHUNK
-        last = tl.minimum(first + CHUNK, rows)
-    s = tl.full([1, BLOCK_N], 1.0, tl.float32)
+        first = tl.load(chunk_first + chunk).to(tl.int64)
+        last = tl.load(chunk_last + chunk).to(tl.int64)
+    s = tl.full([BLOCK_N], 1.0, tl.float32)
     if scale is not None:
         if order is not None:
-            adapter = tl.load(chunk_adapter + chunk)
-            s = load_scale(scale, adapter, adapters, scale_stride, col, col < cols)
+            s = load_scale(scale, tl.load(chunk_adapter + chunk), adapters, scale_stride, col, inside)
         else:
-            s = tl.load(scale + col, mask=col < cols, other=0.0).to(tl.float32)
-    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, last - first, BLOCK_M):
-        position = first + start + tl.arange(0, BLOCK_M)[:, None]
-        mask = (position < last) & (col < cols)
-        row = position.to(tl.int64)
-        if order is not None:
-            row = tl.load(order + position, mask=position < last, other=0)
-        dh = tl.load(grad + row * grad_stride + col, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(gate + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
-        a, da = activate_with_derivative(g, ACTIVATION)
-        # dg = dh ∘ s ∘ u ∘ act'(g) ; du = dh ∘ s ∘ act(g) ; ds = Σ dh ∘ act(g) ∘ u
-        dhs = dh * s
-        if grad_up is not None:
-            tl.store(grad_up + row * grad_up_stride + col, round_to(dhs * a, grad_up.dtype.element_ty), mask=mask)
-        if up is not None:
-            u = tl.load(up + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
-            dhs *= u
-            a *= u
-        if grad_gate is not None:
-            tl.store(
-                grad_gate + row * grad_gate_stride + col, round_to(dhs * da, grad_gate.dtype.element_ty), mask=mask
-            )
-        ds += dh * a
+            s = tl.load(scale + col, mask=inside).to(tl.float32)
+    ds, lost = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, CHUNK, BLOCK_M):
+        row: tl.tuple = ()
+        dh: tl.tuple = ()
+        g: tl.tuple = ()
+        u: tl.tuple = ()
+        for i in tl.static_range(BLOCK_M):
+            position = first + start + i
+            mask = inside & (position < last)
+            if order is not None:
+                position = tl.load(order + position, mask=position < last, other=0)
+            row += (position,)
+            dh += (tl.load(grad + position * grad_stride + col, mask=mask),)
+            g += (tl.load(gate + position * gate_stride + col, mask=mask),)
+            if up is not None:
+                u += (tl.load(up + position * up_stride + col, mask=mask),)
+        for i in tl.static_range(BLOCK_M):
+            # All loads are on their way before this branch. A loop that ended at `last` would do without the branch.
+            if first + start + i < last:
+                # dg = dh ∘ s ∘ u ∘ act'(g) ; du = dh ∘ s ∘ act(g) ; ds = Σ dh ∘ act(g) ∘ u
+                a, da = activate(g[i].to(tl.float32), ACTIVATION, DTYPE)
+                dhs = dh[i].to(tl.float32) * s
+                if grad_up is not None:
+                    tl.store(grad_up + row[i] * grad_up_stride + col, round_to(dhs * a, DTYPE), mask=inside)
+                if up is not None:
+                    dhs *= u[i].to(tl.float32)
+                    a *= u[i].to(tl.float32)
+                if grad_gate is not None:
+                    tl.store(grad_gate + row[i] * grad_gate_stride + col, round_to(dhs * da, DTYPE), mask=inside)
+                ds, lost = add_to_sum(ds, lost, dh[i].to(tl.float32) * a, DTYPE)
     if partials is not None:
-        total = tl.sum(ds, axis=0, keep_dims=True)
-        tl.store(partials + chunk * cols + col, total, mask=col < cols)
+        tl.store(partials + chunk * cols + col, ds - lost, mask=inside)
 
 
 @triton.jit
@@ -189,13 +210,12 @@ def forward(
     scale = as_vector(scale, adapter_index)
     scale = None if scale is None else scale.contiguous()
     rows, cols = x.shape
-    launch = launch or activation_launch(rows, cols, x.element_size())
-    grid = (triton.cdiv(rows, launch.BLOCK_M), triton.cdiv(cols, launch.BLOCK_N))
-    activation_fwd_kernel[grid](
+    launch = launch or activation_launch(rows, cols, x.element_size(), lanes=LANES)
+    activation_fwd_kernel[(triton.cdiv(rows, launch.BLOCK_M) * triton.cdiv(cols, launch.BLOCK_N),)](
         x,
         u,
         scale,
-        _flat_index(adapter_index),
+        None if scale is None else _flat_index(adapter_index),
         h,
         rows,
         cols,
@@ -233,7 +253,7 @@ def backward(
         return grad_gate, grad_up, grad_scale
     dh, x, u = as_rows(grad), as_rows(gate), None if up is None else as_rows(up)
     rows, cols = x.shape
-    launch = launch or activation_launch(rows, cols, x.element_size(), is_backward=True)
+    launch = launch or activation_launch(rows, cols, x.element_size(), True, LANES)
     scale = as_vector(scale, adapter_index)
     scale = None if scale is None else scale.contiguous()
     adapters = 1 if scale is None or scale.dim() == 1 else scale.shape[0]
@@ -241,9 +261,8 @@ def backward(
     chunked = None if index is None or scale is None else chunks_by_adapter(index, adapters, launch.CHUNK)
     chunks = triton.cdiv(rows, launch.CHUNK) if chunked is None else chunked.first.numel()
     partials = torch.empty(chunks, cols, dtype=torch.float32, device=x.device) if wants_scale else None
-    column_blocks = triton.cdiv(cols, launch.BLOCK_N)
     order, first, last, adapter = chunked[:4] if chunked is not None else (None,) * 4
-    activation_bwd_kernel[(chunks, column_blocks)](
+    activation_bwd_kernel[(chunks * triton.cdiv(cols, launch.BLOCK_N),)](
         dh,
         x,
         u,

@@ -1,61 +1,105 @@
-"""Activation functions and their derivatives in fp32, and what all kernels share."""
+"""Activation functions and their derivatives, and what all kernels share.
+
+They compute in fp32 what csrc/core/elementwise.h computes, with its coefficients. DTYPE is the type that results will
+be rounded to: fp32 gets every bit; for 16 bits the hardware's approximate exponential and reciprocal, good to 2^-20,
+disappear behind that rounding.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 # Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when Triton was imported).
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-_SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
-_INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
-_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(0.7978845608028654)
-_GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
+# Threads of a warp
+LANES = 64 if torch.version.hip else 32
+_LOG2_E: tl.constexpr = tl.constexpr(1.44269504)
+_INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.398942280)
+_GELU_LINEAR: tl.constexpr = tl.constexpr(1.59576912)  # 2 √(2 / π)
+_GELU_CUBIC: tl.constexpr = tl.constexpr(0.0713548163)  # 0.044715 of it
 
 
 @triton.jit
-def sigmoid_with_derivative(x):
-    """σ(x) and σ'(x) = σ(x) σ(-x), with no cancellation in 1 - σ(x), which would cost half of the digits."""
-    t = tl.exp(-tl.abs(x))
-    r = 1.0 / (1.0 + t)
-    return tl.where(x < 0.0, t * r, r), t * r * r
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """act(x)."""
-    if ACTIVATION == "silu":
-        return x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
-    elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh z) / 2 = 1 / (1 + exp(-2 z))
-        return x / (1.0 + tl.exp(-2.0 * _SQRT_2_OVER_PI * (x + _GELU_CUBIC * x * x * x)))
-    elif ACTIVATION == "relu":
-        return tl.where(x < 0.0, 0.0, x)  # a NaN stays one
-    elif ACTIVATION == "relu2":
-        r = tl.where(x < 0.0, 0.0, x)
-        return r * r
+def exponential(x, DTYPE: tl.constexpr):
+    """e^x, saturating. A NaN may come out as a number: the activations are products with x itself."""
+    if DTYPE == tl.float32:
+        # e^x = 2^n e^r, with r = x - n ln(2) in two steps so that r keeps its low bits, and 2^n in two factors, since
+        # it leaves the range of fp32 before e^x does
+        x = tl.minimum(173.0, tl.maximum(-173.0, x))
+        n = tl.floor(x * _LOG2_E + 0.5)
+        r = (x - n * 0.693145752) - n * 1.42860682e-6
+        q = (((0.00139411166 * r + 0.00837513246) * r + 0.0416663513) * r + 0.166664153) * r + 0.5
+        half = n.to(tl.int32) >> 1
+        rest = n.to(tl.int32) - half
+        power = (half + 127 << 23).to(tl.float32, bitcast=True)
+        return (q * (r * r) + r + 1.0) * power * (rest + 127 << 23).to(tl.float32, bitcast=True)
+    elif INTERPRETED:
+        return tl.exp(x)
     else:
-        tl.static_assert(ACTIVATION == "identity")
-        return x
+        return libdevice.fast_expf(x)
 
 
 @triton.jit
-def activate_with_derivative(x, ACTIVATION: tl.constexpr):
-    """act(x) and act'(x)."""
+def reciprocal(x, DTYPE: tl.constexpr):
+    """1 / x."""
+    if DTYPE == tl.float32 or INTERPRETED:
+        return 1.0 / x
+    else:
+        return libdevice.fast_dividef(1.0, x)
+
+
+@triton.jit
+def logistic(x, DTYPE: tl.constexpr):
+    """σ(x), and 1 - σ(x) as a product that cancels nothing."""
+    # Below -87 σ counts as 2^-126: e stays finite, and e σ is 1 rather than infinity times zero.
+    e = exponential(tl.minimum(87.0, -x), DTYPE)
+    d = 1.0 + e
+    sigmoid = reciprocal(d, DTYPE)
+    if DTYPE == tl.float32:
+        # One Newton step takes back what the sum (`lost`, by Knuth's two-sum) and the division rounded away.
+        rest = d - 1.0
+        lost = (1.0 - (d - rest)) + (e - rest)
+        sigmoid += (tl.fma(-d, sigmoid, 1.0) - lost * sigmoid) * sigmoid
+    return sigmoid, e * sigmoid
+
+
+@triton.jit
+def normal(x, DTYPE: tl.constexpr):
+    """The standard normal distribution: Φ(x), and exp(-x² / 2), which Φ needs anyway."""
+    # Φ(-t) = exp(-t² / 2) y P(y), y = 1 / (1 + 0.33 t), for t >= 0: no cancellation in the lower tail
+    gaussian = exponential(x * x * -0.5, DTYPE)
+    y = reciprocal(tl.abs(x) * 0.33 + 1.0, DTYPE)
+    if DTYPE == tl.bfloat16:
+        p = (-0.0552851595 * y + 0.091136232) * y + 0.0886639133
+        p = ((p * y + 0.11025732) * y + 0.133751795) * y + 0.131469697
+    else:
+        p = (-0.00892675482 * y + 0.0248752683) * y + 0.0224733073
+        p = ((p * y - 0.142375529) * y + 0.128768519) * y - 0.00937896036
+        p = (((p * y + 0.107005723) * y + 0.113927424) * y + 0.131994784) * y + 0.131636232
+    tail = gaussian * y * p
+    return tl.where(x < 0.0, tail, 1.0 - tail), gaussian
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """act(x) and act'(x) from shared parts; where only one of them is used, the compiler drops the other's."""
     if ACTIVATION == "silu":
-        s, ds = sigmoid_with_derivative(x)
-        return x * s, s + x * ds
+        # x σ(x) ; σ(x) + x σ(x) (1 - σ(x))
+        s, rest = logistic(x, DTYPE)
+        return x * s, x * s * rest + s
     elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF))
-        return x * cdf, cdf + x * _INV_SQRT_2PI * tl.exp(-0.5 * x * x)
+        # x Φ(x) ; Φ(x) + x φ(x)
+        cdf, gaussian = normal(x, DTYPE)
+        return x * cdf, x * _INV_SQRT_2PI * gaussian + cdf
     elif ACTIVATION == "gelu_tanh":
-        s, ds = sigmoid_with_derivative(2.0 * _SQRT_2_OVER_PI * (x + _GELU_CUBIC * x * x * x))
-        dz = 2.0 * _SQRT_2_OVER_PI * (1.0 + 3.0 * _GELU_CUBIC * x * x)
-        return x * s, s + x * dz * ds
+        # x (1 + tanh(z / 2)) / 2 = x σ(z) ; σ(z) + x z' σ(z) (1 - σ(z))
+        s, rest = logistic(x * (_GELU_CUBIC * (x * x) + _GELU_LINEAR), DTYPE)
+        return x * s, x * s * (3.0 * _GELU_CUBIC * (x * x) + _GELU_LINEAR) * rest + s
     elif ACTIVATION == "relu":
-        return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)
+        return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)  # a NaN stays one
     elif ACTIVATION == "relu2":
         r = tl.where(x < 0.0, 0.0, x)
         return r * r, 2.0 * r
@@ -65,14 +109,36 @@ def activate_with_derivative(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def tile_of_program(cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first row (int64) of this program's tile, and its columns ``[BLOCK_N]``.
+
+    Programs that run at the same time lie along the rows, so that together they stream whole pages of memory.
+    """
+    strips = tl.cdiv(cols, BLOCK_N)
+    program = tl.program_id(0)
+    return (program // strips).to(tl.int64) * BLOCK_M, program % strips * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def load_scale(scale, adapter, adapters, scale_stride, col, mask):
     """Rows of a scale ``[adapters, n]`` by their adapters, in fp32: ones for -1, NaN for an index that has no row.
 
-    adapter ``[M, 1]``, col and mask broadcast against it. Nothing outside of the scale is read, whatever the index.
+    adapter, col and mask broadcast against each other. Nothing outside of the scale is read, whatever the index.
     """
     known = (adapter >= 0) & (adapter < adapters)
     values = tl.load(scale + adapter.to(tl.int64) * scale_stride + col, mask=mask & known, other=1.0).to(tl.float32)
     return tl.where(known | (adapter == -1), values, float("nan"))
+
+
+@triton.jit
+def add_to_sum(total, lost, term, DTYPE: tl.constexpr):
+    """total + term, and what the sums so far rounded away (Kahan), which is kept where the terms are fp32."""
+    if DTYPE == tl.float32:
+        addend = term - lost
+        after = total + addend
+        return after, (after - total) - addend
+    else:
+        return total + term, lost
 
 
 @triton.jit

@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launches import Architecture, LinearLaunch, linear_launch
 from ..schemas import as_vector
-from ..tuning import Architecture, LinearLaunch, linear_launch
 from .activation import as_rows
 from .functions import INTERPRETED, load_scale, round_to
 
@@ -192,8 +192,7 @@ def matmul(
     stored = weight.t() if is_transposed else weight
     is_aligned = _is_aligned(rows_of_x, stored)
     if launch is None:
-        has_prologue = input_scale is not None or adapter_index is not None
-        launch = linear_launch(rows, outputs, inputs, x.element_size(), architecture, is_aligned, has_prologue)
+        launch = linear_launch(rows, outputs, inputs, x.element_size(), architecture, is_aligned)
     if launch.TMA and not is_aligned:  # measured for this shape, elsewhere in memory
         launch = replace(launch, TMA=False)
     index = None if adapter_index is None else adapter_index.reshape(-1).contiguous()

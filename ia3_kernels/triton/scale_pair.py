@@ -1,6 +1,7 @@
 """``scale_pair`` and its backward pass: one input on its way into two layers, memory-bound, one pass each.
 
-``T`` rows, ``K`` columns, ``b`` bytes an element. The scales are read once per row block, out of L2.
+``T`` rows, ``K`` columns, ``b`` bytes an element. A thread stays in 16 bytes of columns, for which it reads the scales
+once, and has the loads of BLOCK_M rows in flight together.
 
 ========================  ===========================================  =================  =============
 kernel                    equation                                     bytes moved        flops
@@ -25,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import ActivationLaunch, activation_launch
+from ..launches import ActivationLaunch, activation_launch
 from .activation import as_rows
-from .functions import round_to, sum_chunks
+from .functions import LANES, add_to_sum, round_to, sum_chunks, tile_of_program
 
 
 @triton.jit
@@ -43,15 +44,21 @@ def scale_pair_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (row < rows) & (col < cols)
-    value = tl.load(x + row * x_stride + col, mask=mask, other=0.0).to(tl.float32)
-    # a = x ∘ s_a ; b = x ∘ s_b
-    s_a = tl.load(first + col, mask=col < cols, other=0.0).to(tl.float32)
-    s_b = tl.load(second + col, mask=col < cols, other=0.0).to(tl.float32)
-    tl.store(a + row * cols + col, round_to(value * s_a, a.dtype.element_ty), mask=mask)
-    tl.store(b + row * cols + col, round_to(value * s_b, b.dtype.element_ty), mask=mask)
+    begin, col = tile_of_program(cols, BLOCK_M, BLOCK_N)
+    inside = col < cols
+    s_a = tl.load(first + col, mask=inside)
+    s_b = tl.load(second + col, mask=inside)
+    values: tl.tuple = ()
+    for i in tl.static_range(BLOCK_M):
+        values += (tl.load(x + (begin + i) * x_stride + col, mask=inside & (begin + i < rows)),)
+    for i in tl.static_range(BLOCK_M):
+        # Behind a branch no compiler begins before the last load is on its way.
+        if begin + i < rows:
+            place = (begin + i) * cols + col
+            # a = x ∘ s_a ; b = x ∘ s_b
+            value = values[i].to(tl.float32)
+            tl.store(a + place, round_to(value * s_a.to(tl.float32), a.dtype.element_ty), mask=inside)
+            tl.store(b + place, round_to(value * s_b.to(tl.float32), b.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,35 +80,47 @@ def scale_pair_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    begin = chunk * CHUNK
+    DTYPE: tl.constexpr = grad_first.dtype.element_ty if x is None else x.dtype.element_ty
+    begin, col = tile_of_program(cols, CHUNK, BLOCK_N)
     end = tl.minimum(begin + CHUNK, rows)
+    inside = col < cols
     if grad_x is not None:
-        s_a = tl.load(first + col, mask=col < cols, other=0.0).to(tl.float32)
-        s_b = tl.load(second + col, mask=col < cols, other=0.0).to(tl.float32)
-    ds_a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    ds_b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, end - begin, BLOCK_M):
-        row = begin + start + tl.arange(0, BLOCK_M)[:, None]
-        mask = (row < end) & (col < cols)
-        if grad_first is not None:
-            da = tl.load(grad_first + row * grad_first_stride + col, mask=mask, other=0.0).to(tl.float32)
-        if grad_second is not None:
-            db = tl.load(grad_second + row * grad_second_stride + col, mask=mask, other=0.0).to(tl.float32)
-        if x is not None:
-            value = tl.load(x + row * x_stride + col, mask=mask, other=0.0).to(tl.float32)
-        # dx = da ∘ s_a + db ∘ s_b ; ds_a = Σ da ∘ x ; ds_b = Σ db ∘ x
-        if grad_x is not None:
-            tl.store(grad_x + row * cols + col, round_to(da * s_a + db * s_b, grad_x.dtype.element_ty), mask=mask)
-        if partials_first is not None:
-            ds_a += da * value
-        if partials_second is not None:
-            ds_b += db * value
+        s_a = tl.load(first + col, mask=inside).to(tl.float32)
+        s_b = tl.load(second + col, mask=inside).to(tl.float32)
+    ds_a, lost_a = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    ds_b, lost_b = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, CHUNK, BLOCK_M):
+        das: tl.tuple = ()
+        dbs: tl.tuple = ()
+        values: tl.tuple = ()
+        for i in tl.static_range(BLOCK_M):
+            row = begin + start + i
+            mask = inside & (row < end)
+            if grad_first is not None:
+                das += (tl.load(grad_first + row * grad_first_stride + col, mask=mask),)
+            if grad_second is not None:
+                dbs += (tl.load(grad_second + row * grad_second_stride + col, mask=mask),)
+            if x is not None:
+                values += (tl.load(x + row * x_stride + col, mask=mask),)
+        for i in tl.static_range(BLOCK_M):
+            row = begin + start + i
+            # All loads are on their way before this branch. A loop that ended at `end` would do without the branch.
+            if row < end:
+                # dx = da ∘ s_a + db ∘ s_b ; ds_a = Σ da ∘ x ; ds_b = Σ db ∘ x
+                if grad_x is not None:
+                    dx = das[i].to(tl.float32) * s_a + dbs[i].to(tl.float32) * s_b
+                    tl.store(grad_x + row * cols + col, round_to(dx, grad_x.dtype.element_ty), mask=inside)
+                if partials_first is not None:
+                    term = das[i].to(tl.float32) * values[i].to(tl.float32)
+                    ds_a, lost_a = add_to_sum(ds_a, lost_a, term, DTYPE)
+                if partials_second is not None:
+                    term = dbs[i].to(tl.float32) * values[i].to(tl.float32)
+                    ds_b, lost_b = add_to_sum(ds_b, lost_b, term, DTYPE)
+    chunk = begin // CHUNK
     if partials_first is not None:
-        tl.store(partials_first + chunk * cols + col, tl.sum(ds_a, axis=0, keep_dims=True), mask=col < cols)
+        tl.store(partials_first + chunk * cols + col, ds_a - lost_a, mask=inside)
     if partials_second is not None:
-        tl.store(partials_second + chunk * cols + col, tl.sum(ds_b, axis=0, keep_dims=True), mask=col < cols)
+        tl.store(partials_second + chunk * cols + col, ds_b - lost_b, mask=inside)
 
 
 @triton.jit
@@ -134,8 +153,8 @@ def forward(x: Tensor, first: Tensor, second: Tensor, launch: ActivationLaunch |
         return a, b
     given = as_rows(x)
     rows, cols = given.shape
-    launch = launch or activation_launch(rows, cols, x.element_size())
-    scale_pair_fwd_kernel[(triton.cdiv(rows, launch.BLOCK_M), triton.cdiv(cols, launch.BLOCK_N))](
+    launch = launch or activation_launch(rows, cols, x.element_size(), lanes=LANES)
+    scale_pair_fwd_kernel[(triton.cdiv(rows, launch.BLOCK_M) * triton.cdiv(cols, launch.BLOCK_N),)](
         given,
         first.contiguous(),
         second.contiguous(),
@@ -170,11 +189,11 @@ def backward(
     db = as_rows(grad_second) if wants_x or wants_second else None
     given = as_rows(x)
     rows, cols = given.shape
-    launch = launch or activation_launch(rows, cols, x.element_size(), is_backward=True)
+    launch = launch or activation_launch(rows, cols, x.element_size(), True, LANES)
     chunks = triton.cdiv(rows, launch.CHUNK)
     wanted = [ds for ds in sums if ds.numel()]
     partials = torch.empty(len(wanted), chunks, cols, dtype=torch.float32, device=x.device)
-    scale_pair_bwd_kernel[(chunks, triton.cdiv(cols, launch.BLOCK_N))](
+    scale_pair_bwd_kernel[(chunks * triton.cdiv(cols, launch.BLOCK_N),)](
         da,
         db,
         given if wanted else None,

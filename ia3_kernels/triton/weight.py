@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import weight_launch
-from .functions import round_to
+from ..launches import WeightLaunch, weight_launch
+from .functions import LANES, round_to, tile_of_program
 
 
 @triton.jit
@@ -21,20 +21,26 @@ def scale_weight_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (row < rows) & (col < cols)
-    if ALONG_ROWS:
-        s = tl.load(scale + row, mask=row < rows, other=0.0)
-    else:
-        s = tl.load(scale + col, mask=col < cols, other=0.0)
-    place = weight + row * weight_stride + col
-    # w ← w s
-    w = tl.load(place, mask=mask, other=0.0).to(tl.float32) * s.to(tl.float32)
-    tl.store(place, round_to(w, weight.dtype.element_ty), mask=mask)
+    first, col = tile_of_program(cols, BLOCK_M, BLOCK_N)
+    inside = col < cols
+    if not ALONG_ROWS:
+        s = tl.load(scale + col, mask=inside)
+    w: tl.tuple = ()
+    scales: tl.tuple = ()
+    for i in tl.static_range(BLOCK_M):
+        row = first + i
+        w += (tl.load(weight + row * weight_stride + col, mask=inside & (row < rows)),)
+        scales += (tl.load(scale + row, mask=row < rows) if ALONG_ROWS else s,)
+    for i in tl.static_range(BLOCK_M):
+        row = first + i
+        # Behind a branch no compiler begins before the last load is on its way.
+        if row < rows:
+            # w ← w s
+            scaled = w[i].to(tl.float32) * scales[i].to(tl.float32)
+            tl.store(weight + row * weight_stride + col, round_to(scaled, weight.dtype.element_ty), mask=inside)
 
 
-def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
+def scale_weight_(weight: Tensor, scale: Tensor, dim: int, launch: WeightLaunch | None = None) -> None:
     if not weight.numel():
         return
     # A Conv1D's weight comes transposed: its rows are the columns of what lies in memory.
@@ -43,12 +49,11 @@ def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
     rows, cols = weight.shape
     if weight.stride(1) != 1 and cols > 1:
         scaled = weight.contiguous()
-        scale_weight_(scaled, scale, dim)
+        scale_weight_(scaled, scale, dim, launch)
         weight.copy_(scaled)
         return
-    launch = weight_launch(rows, cols, weight.element_size())
-    grid = (triton.cdiv(rows, launch.BLOCK_M), triton.cdiv(cols, launch.BLOCK_N))
-    scale_weight_kernel[grid](
+    launch = launch or weight_launch(rows, cols, weight.element_size(), LANES)
+    scale_weight_kernel[(triton.cdiv(rows, launch.BLOCK_M) * triton.cdiv(cols, launch.BLOCK_N),)](
         weight,
         scale.contiguous(),
         rows,

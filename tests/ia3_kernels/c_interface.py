@@ -96,26 +96,19 @@ class ScaleWeightArgs(ctypes.Structure):
     ]
 
 
-class LinearOutput(ctypes.Structure):
-    _fields_ = [
-        ("out", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("weight_stride", ctypes.c_int64),
-        ("bias", ctypes.c_void_p),
-        ("scale", Scale),
-        ("y", ctypes.c_void_p),
-        ("y_stride", ctypes.c_int64),
-    ]
-
-
 class HopperLinearArgs(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int),
         ("rows", ctypes.c_int64),
         ("in_", ctypes.c_int64),
+        ("out", ctypes.c_int64),
         ("x", ctypes.c_void_p),
         ("x_stride", ctypes.c_int64),
-        ("output", LinearOutput),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_int64),
         ("tile", ctypes.c_int),
-        ("workspace", ctypes.c_void_p),
     ]

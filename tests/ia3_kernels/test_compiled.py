@@ -56,6 +56,7 @@ def test_every_broken_promise_is_reported(compiled: list[Compiled]) -> None:
         "spills 8 bytes": replace(forward, spilled=8),
         "the limit is 166912": replace(forward, shared=163 * 1024 + 1),
         "16-byte loads": replace(forward, instructions=Counter()),
+        "in flight together": replace(forward, in_flight=0),
         "does not use TMA": replace(hopper, instructions=Counter(HGMMA=1)),
         "no HGMMA": replace(hopper, instructions=Counter(TMA=1, HMMA=1)),
     }

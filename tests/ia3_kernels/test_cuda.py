@@ -66,6 +66,28 @@ def test_a_captured_graph_computes_what_its_inputs_hold_at_replay(name: str) -> 
     assert torch.equal(captured, operator(*tensors))
 
 
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+def test_a_captured_matmul_takes_the_route_that_explain_names(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice that is made where nobody asks for one; in a graph it may be another than outside."""
+    monkeypatch.setenv(target.GPU_MATMUL_VARIABLE, "auto")
+    backends.refresh()
+    x, weight = (torch.randn(size, 512, device="cuda").bfloat16() for size in (rows, 256))
+    scale = torch.randn(256, device="cuda")
+    kernels.scaled_linear(x, weight, output_scale=scale)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernels.scaled_linear(x, weight, output_scale=scale)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    assert_accurate(lambda *_: captured, "scaled_linear", x, weight, None, None, scale)
+    words = kernels.explain("scaled_linear", "cuda", torch.bfloat16, (rows, 256, 512)).reason
+    by_triton = "matmul: Triton" in words or "inside of a CUDA graph Triton" in words
+    names = {event.key for event in profile.key_averages()}
+    assert by_triton == any("linear_fwd_kernel" in name for name in names), (words, names)
+
+
 def test_a_captured_backward_gives_the_same_bits() -> None:
     gate, up = (torch.randn(96, 256, device="cuda").bfloat16().requires_grad_() for _ in range(2))
     scale = torch.randn(256, device="cuda").requires_grad_()

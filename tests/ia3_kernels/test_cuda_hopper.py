@@ -1,4 +1,4 @@
-"""What the Hopper matmul does before it launches: its refusals, its choice among tiles, the order of tiles.
+"""What the Hopper matmul does before it launches: its refusals, the kernel of each tile, the order of tiles.
 
 `csrc/cuda/hopper_dispatch.cpp` is compiled here, in a second or two, against a CUDA runtime and kernels that only note
 how they were called.
@@ -26,12 +26,10 @@ from .c_interface import (
     OK,
     UNSUPPORTED,
     HopperLinearArgs,
-    LinearOutput,
-    Scale,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-H100, H200_SLICE, A100, B200, BROKEN = range(5)  # devices of the runtime below
+H100, A100, B200, BROKEN = range(4)  # devices of the runtime below
 
 RUNTIME = """
 #pragma once
@@ -39,12 +37,11 @@ enum cudaError_t { cudaSuccess, cudaErrorUnknown };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMultiProcessorCount };
 struct Device { int facts[3]; };
-inline const Device devices[] = {{{9, 0, 132}}, {{9, 0, 66}}, {{8, 0, 108}}, {{10, 0, 148}}};
-extern "C" { inline int current_device = 0; inline int questions = 0; }
+inline const Device devices[] = {{{9, 0, 132}}, {{8, 0, 108}}, {{10, 0, 148}}};
+extern "C" { inline int current_device = 0; }
 inline cudaError_t cudaGetDevice(int* device) { *device = current_device; return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* answer, cudaDeviceAttr attribute, int device) {
-  ++questions;
-  if (device >= 4) return cudaErrorUnknown;
+  if (device >= 3) return cudaErrorUnknown;
   *answer = devices[device].facts[attribute];
   return cudaSuccess;
 }
@@ -63,10 +60,6 @@ static char sentence[256];
 const char* ia3_last_error() { return sentence; }
 }
 namespace ia3::cuda {
-template <int kTile, ia3_dtype kDType>
-size_t HopperKernel<kTile, kDType>::workspace(const ia3_hopper_linear_args&, const HopperLaunch&) {
-  return kHopperTiles[kTile].schedule == Schedule::kStreamK ? 4096 : 0;
-}
 template <int kTile, ia3_dtype kDType>
 ia3_status HopperKernel<kTile, kDType>::run(const ia3_hopper_linear_args&, const HopperLaunch& launch, ia3_stream) {
   const int noted[] = {kTile, kDType, launch.multiprocessors, launch.swizzle};
@@ -95,7 +88,6 @@ class Hopper:
         self.library = ctypes.CDLL(str(path))
         self.library.ia3_last_error.restype = ctypes.c_char_p
         self.library.ia3_cuda_hopper_tiles.restype = ctypes.POINTER(ctypes.c_char_p)
-        self.library.ia3_cuda_hopper_linear_workspace.restype = ctypes.c_size_t
         assert ctypes.c_size_t.in_dll(self.library, "args_size").value == ctypes.sizeof(HopperLinearArgs)
         names = itertools.takewhile(lambda name: name, self.library.ia3_cuda_hopper_tiles())
         self.tiles = [name.decode() for name in names if name]
@@ -103,17 +95,11 @@ class Hopper:
     def use(self, device: int) -> None:
         ctypes.c_int.in_dll(self.library, "current_device").value = device
 
-    def questions(self) -> int:
-        return ctypes.c_int.in_dll(self.library, "questions").value
-
     def call(self, args: HopperLinearArgs | None) -> tuple[int, tuple[int, ...] | None]:
         noted = (ctypes.c_int * 4).in_dll(self.library, "last_launch")
         noted[:] = [-1] * 4
         status = self.library.ia3_cuda_hopper_linear(ctypes.byref(args) if args else None, None)
         return status, None if noted[0] < 0 else tuple(noted)
-
-    def workspace(self, args: HopperLinearArgs) -> int:
-        return int(self.library.ia3_cuda_hopper_linear_workspace(ctypes.byref(args)))
 
     def sentence(self) -> str:
         return str(self.library.ia3_last_error().decode())
@@ -151,14 +137,12 @@ def hopper(_library: Path) -> Hopper:
 
 
 def _args(rows: int = 512, out: int = 1024, inputs: int = 3072, **changes: Any) -> HopperLinearArgs:
-    """Arguments that the matmul takes, but for `changes`: fields of the scale, the output or the arguments."""
+    """Arguments that the matmul takes, but for `changes`."""
     memory = 1 << 20  # addresses, which nothing here reads
-    scale = Scale(memory, None, 0)
-    output = LinearOutput(out, memory, inputs, memory, scale, memory, out)
-    args = HopperLinearArgs(BFLOAT16, rows, inputs, memory, inputs, output, -1, memory)
+    args = HopperLinearArgs(BFLOAT16, rows, inputs, out, memory, inputs, memory, inputs, memory, memory, memory, out, 0)
     for name, value in changes.items():
-        owner = next(owner for owner in (args.output.scale, args.output, args) if hasattr(owner, name))
-        setattr(owner, name, value)
+        assert hasattr(args, name)
+        setattr(args, name, value)
     return args
 
 
@@ -171,7 +155,7 @@ ROWS = [512, 1024, 2048, 4096, 8192, 16384]
 
 
 def _extent(name: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)x64 (cooperative|pingpong|stream-k)", name)
+    match = re.fullmatch(r"(\d+)x(\d+)x64 (cooperative|pingpong)", name)
     assert match, name
     return int(match[1]), int(match[2])
 
@@ -184,34 +168,7 @@ def _tiles(name: str, rows: int, out: int, swizzle: int = 1) -> int:
     return down * across
 
 
-def test_every_tile_is_the_choice_for_some_matrix_of_llama(hopper: Hopper) -> None:
-    chosen = {hopper.launch(_args(rows, *matrix))[0] for rows in ROWS for matrix in MATRICES}
-    assert chosen == set(range(len(hopper.tiles)))
-
-
-@pytest.mark.parametrize(
-    ("rows", "out", "inputs", "tile"),
-    [
-        (512, 1024, 3072, "64x128x64 pingpong"),  # 64 tiles; of 128x128, 32
-        (1024, 1024, 4096, "64x128x64 pingpong"),  # 128 tiles for 132 multiprocessors
-        (2048, 1024, 4096, "128x128x64 pingpong"),  # 128 tiles; 64 of the largest
-        (4096, 1024, 3072, "128x256x64 cooperative"),  # 128 of the largest
-        (16384, 14336, 4096, "128x256x64 cooperative"),
-        (512, 3072, 8192, "128x128x64 stream-k"),  # 96 tiles of 128 steps each
-    ],
-)
-def test_the_choice_fills_the_device(hopper: Hopper, rows: int, out: int, inputs: int, tile: str) -> None:
-    assert hopper.tiles[hopper.launch(_args(rows, out, inputs))[0]] == tile
-
-
-def test_the_choice_depends_on_the_device(hopper: Hopper) -> None:
-    shape = (2048, 1024, 4096)
-    assert hopper.tiles[hopper.launch(_args(*shape))[0]] == "128x128x64 pingpong"
-    hopper.use(H200_SLICE)  # half the multiprocessors: the largest tile fills them
-    assert hopper.tiles[hopper.launch(_args(*shape))[0]] == "128x256x64 cooperative"
-
-
-def test_a_tile_asked_for_by_number_is_taken(hopper: Hopper) -> None:
+def test_each_tile_and_type_has_its_kernel(hopper: Hopper) -> None:
     for tile, dtype in itertools.product(range(len(hopper.tiles)), (BFLOAT16, FLOAT16)):
         assert hopper.launch(_args(tile=tile, dtype=dtype))[:3] == (tile, dtype, 132)
 
@@ -237,7 +194,7 @@ def test_large_shapes_are_ordered_in_squares(hopper: Hopper) -> None:
         ({"dtype": 7}, INVALID, "dtype is 7"),
         ({"rows": -1}, INVALID, "rows, in, out are -1, 3072, 1024"),
         ({"tile": 99}, INVALID, "tile is 99"),
-        ({"tile": -2}, INVALID, "tile is -2"),
+        ({"tile": -1}, INVALID, "tile is -1"),
         ({"x": None}, INVALID, "x is null"),
         ({"weight": None}, INVALID, "weight is null"),
         ({"y": None}, INVALID, "y is null"),
@@ -247,7 +204,6 @@ def test_large_shapes_are_ordered_in_squares(hopper: Hopper) -> None:
         ({"bias": 4097}, INVALID, "bias is at 0x1001"),
         ({"scale": 4098}, INVALID, "scale is at 0x1002"),
         ({"dtype": FLOAT32}, UNSUPPORTED, "dtype is fp32"),
-        ({"index": 4096}, UNSUPPORTED, "scale.index is given"),
         ({"inputs": 0}, UNSUPPORTED, "rows, in, out are 512, 0, 1024"),
         ({"inputs": 3076}, UNSUPPORTED, "rows, in, out are 512, 3076, 1024"),
         ({"out": 1023}, UNSUPPORTED, "rows, in, out are 512, 3072, 1023"),
@@ -268,7 +224,6 @@ def test_what_it_does_not_take(hopper: Hopper, changes: dict[str, Any], status: 
     assert words in sentence
     assert "expected" in sentence
     assert sentence.endswith(".")
-    assert hopper.workspace(args) == 0
 
 
 def test_without_cutlass_there_are_no_tiles(tmp_path: Path) -> None:
@@ -276,7 +231,6 @@ def test_without_cutlass_there_are_no_tiles(tmp_path: Path) -> None:
     assert hopper.tiles == []
     assert hopper.call(_args()) == (UNSUPPORTED, None)
     assert "built without CUTLASS" in hopper.sentence()
-    assert hopper.workspace(_args()) == 0
 
 
 def test_no_arguments(hopper: Hopper) -> None:
@@ -299,22 +253,3 @@ def test_an_error_of_the_runtime_is_passed_on(hopper: Hopper) -> None:
     hopper.use(BROKEN)
     assert hopper.call(_args()) == (CUDA_ERROR, None)
     assert hopper.sentence() == "the runtime said no"
-
-
-def test_the_device_is_asked_once(hopper: Hopper) -> None:
-    hopper.launch(_args())
-    asked = hopper.questions()
-    assert asked
-    hopper.launch(_args())
-    assert hopper.questions() == asked
-
-
-@pytest.mark.parametrize("workspace", [None, 4096 + 8])
-def test_stream_k_needs_its_workspace(hopper: Hopper, workspace: int | None) -> None:
-    tile = hopper.tiles.index("128x128x64 stream-k")
-    assert hopper.workspace(_args(tile=tile)) == 4096
-    assert hopper.call(_args(tile=tile, workspace=workspace)) == (INVALID, None)
-    assert "expected 4096 bytes at a multiple of 16" in hopper.sentence()
-    for other in set(range(len(hopper.tiles))) - {tile}:
-        assert hopper.workspace(_args(tile=other)) == 0
-        assert hopper.call(_args(tile=other, workspace=workspace))[0] == OK

@@ -143,7 +143,8 @@ def _assert_backward_accurate(
     inputs = (dh, gate, scale) if up is None else (dh, gate, up, scale)
     mask = [True] * (len(inputs) - 1)
 
-    def eager(*_: Any) -> tuple[Tensor, ...]:
+    def eager(dh: Tensor, gate: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        up, scale, *_ = others if name.startswith("gated") else (None, *others)
         gradients = eager_activation_backward(dh, gate, up, scale, activation, index)
         return gradients if scale is not None else (*gradients, gate.new_empty(0))
 

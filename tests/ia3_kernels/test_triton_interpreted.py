@@ -18,8 +18,8 @@ import ia3_kernels as kernels
 from ia3_kernels import matmul, reference
 from ia3_kernels.backends.triton import BACKEND
 from ia3_kernels.chunks import chunks_by_adapter
+from ia3_kernels.launches import ActivationLaunch, Architecture, LinearLaunch
 from ia3_kernels.triton import activation, linear, scale_pair, weight
-from ia3_kernels.tuning import ActivationLaunch, Architecture, LinearLaunch
 
 from .helpers import DTYPES, assert_accurate, error, poison_new_memory
 

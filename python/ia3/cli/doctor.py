@@ -13,10 +13,10 @@ OPERATORS = ("scaled_linear", "gated_activation", "scaled_activation", "scale_we
 
 
 def run() -> None:
-    """Prints three tables: the installation, the backends, and the choice for each operator, device and dtype."""
+    """Print the installation, the backends, the choice for each operator, device and dtype, and what was tuned."""
     import torch
 
-    from ia3_kernels import backends, explain, target
+    from ia3_kernels import backends, explain, routes, target
 
     console = Console()
     installation = Table(title="Installation", title_justify="left", show_header=False)
@@ -52,3 +52,6 @@ def run() -> None:
     console.print(chosen)
     for number, reason in enumerate(reasons, start=1):
         console.print(f"({number}) {reason}", markup=False, highlight=False)
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+    for path, words in routes.report(gpu).items():
+        console.print(f"ia3 tune's {path}: {words}.", markup=False, highlight=False, soft_wrap=True)

@@ -12,44 +12,53 @@ from rich.table import Table
 from ..errors import IA3Error
 from ..streaming.state import refuse_interrupted
 
-ROWS = (1, 4, 16, 64, 512, 4096, 16384)
+# Two octaves apart: every number of rows up to four times the last has a measurement within a factor of two.
+ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
 def run(model: Path | None, shapes: list[str], dtype: str, rows: list[int]) -> None:
-    """Measures every (rows, out_features, in_features) on the current GPU; writes its file after each."""
+    """Measure the scaled products of a model or of shapes on the current GPU; writes its file after each."""
     import torch
 
-    from ia3_kernels import measured, target, tuner
+    from ia3_kernels import routes, target, tune
+    from ia3_kernels.routes import Product
 
-    problem = target.triton_problem()
-    if problem is not None or not torch.cuda.is_available():
-        raise IA3Error(
-            f"there is nothing to tune here, because {problem or 'tuning measures a GPU, and there is none.'}"
-        )
-    wanted = {(*_shape(text), False) for text in shapes}
+    if not torch.cuda.is_available():
+        raise IA3Error("there is nothing to tune here, because there is no GPU that torch can use.")
+    problems = target.triton_problem(), target.cuda_problem()
+    if None not in problems:
+        raise IA3Error(f"there is nothing but the library's matmul to measure here: {' '.join(map(str, problems))}")
+    wanted = {(side, *_shape(text), False) for text in shapes for side in ("input", "output")}
     if model is not None:
         wanted |= _shapes_of(model)
     if not wanted:
         raise IA3Error("there are no shapes to measure: name a model's folder, or give --shape OUTxIN.")
     index = torch.cuda.current_device()
-    path = measured.path_of(index)
-    found = dict(measured.read(path))
+    path, facts = routes.path_of(index), routes.identity(index)
+    found = dict(routes.tuned(index))
     kind: torch.dtype = getattr(torch, dtype)
-    jobs = [(count, *shape) for shape in sorted(wanted) for count in rows]
-    table = Table("rows", "out x in", "library", "Triton", "CUDA", "route", title=torch.cuda.get_device_name(index))
+    table = Table("side", "rows", "out x in", "library", "Triton", "CUDA", "route", "in a CUDA graph")
+    table.title = torch.cuda.get_device_name(index)
+    jobs = [
+        Product(side, count, outputs, inputs, kind.itemsize, is_transposed)
+        for side, outputs, inputs, is_transposed in sorted(wanted)
+        for count in rows
+    ]
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=len(jobs))
-        for count, outputs, inputs, is_transposed in jobs:
-            result = tuner.measure_linear(index, count, outputs, inputs, kind, is_transposed)
-            found[measured.linear_key(count, outputs, inputs, kind, is_transposed)] = result
-            measured.write(path, found)  # an interrupted run keeps what it has
+        for product in jobs:
+            result = tune.measure_linear(index, product, kind)
+            found[product] = result
+            routes.write(path, facts, found)  # an interrupted run keeps what it has
             table.add_row(
-                str(count),
-                f"{outputs} x {inputs}" + (" (Conv1D)" if is_transposed else ""),
-                f"{result.library * 1e6:.1f} us",
-                f"{result.triton * 1e6:.1f} us",
-                "-" if result.cuda is None else f"{result.cuda * 1e6:.1f} us",
-                result.route,
+                product.side,
+                str(product.rows),
+                f"{product.outputs} x {product.inputs}" + (" (Conv1D)" if product.is_transposed else ""),
+                *(
+                    "-" if time is None else f"{time * 1e6:.1f} us"
+                    for time in (result.library, result.triton, result.cuda)
+                ),
+                *(result.fastest({"triton", "cuda"}, is_captured) for is_captured in (False, True)),
             )
             progress.advance(task)
     Console().print(table)
@@ -63,8 +72,8 @@ def _shape(text: str) -> tuple[int, int]:
     return int(outputs), int(inputs)
 
 
-def _shapes_of(folder: Path) -> set[tuple[int, int, bool]]:
-    """The weights ``(out, in, is_transposed)`` that the default targets of the model in ``folder`` scale."""
+def _shapes_of(folder: Path) -> set[tuple[str, int, int, bool]]:
+    """The ``(side, out, in, is_transposed)`` that the default targets of the model in ``folder`` scale."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -81,5 +90,6 @@ def _shapes_of(folder: Path) -> set[tuple[int, int, bool]]:
     for entry in plan_adapter(model, IA3Config()).targets:
         weight = plain_weight(entry.module) if is_linear(entry.module) else None
         if weight is not None:
-            found.add((*weight.shape, weight.stride(1) != 1))
+            side = "input" if entry.is_feedforward else "output"
+            found.add((side, *weight.shape, weight.stride(1) != 1))
     return found

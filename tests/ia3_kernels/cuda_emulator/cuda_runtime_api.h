@@ -11,9 +11,16 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaError
 namespace emulator {
 
 inline cudaError_t last_error = cudaSuccess;
+extern "C" inline int emulator_is_capturing = 0;
 
 }  // namespace emulator
 
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulator::emulator_is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return emulator::last_error; }
 inline cudaError_t cudaPeekAtLastError() { return emulator::last_error; }
 inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaErrorLaunchFailure";

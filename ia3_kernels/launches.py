@@ -1,17 +1,21 @@
 """How kernels are launched: pure functions of shape, dtype and architecture, in field-standard names.
 
 A launch is a frozen dataclass whose fields are the kernel's constants. Tests pass their own. Where ``ia3 tune`` has
-measured this device, :mod:`~ia3_kernels.measured` knows better which of the routes below wins.
+measured this device, :mod:`~ia3_kernels.routes` knows better which of the routes below wins.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+# So many rows are padded to one tile of the tensor cores: the weight is streamed once, and all else is small.
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
 class ActivationLaunch:
-    """A tile of BLOCK_M x BLOCK_N; backward, a program sums CHUNK rows."""
+    """A tile of BLOCK_M x BLOCK_N; backward, a program sums CHUNK rows, tile by tile."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -55,6 +59,11 @@ class Architecture:
     multiprocessors: int
 
     @property
+    def lanes(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.backend == "hip" else 32
+
+    @property
     def has_tma(self) -> bool:
         """Whether tensor descriptors are in hardware."""
         return self.backend == "cuda" and self.capability >= 90
@@ -79,23 +88,39 @@ def _power_of_two(n: int, low: int, high: int) -> int:
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
-def activation_launch(rows: int, cols: int, element_size: int, is_backward: bool = False) -> ActivationLaunch:
-    """16-byte accesses, and enough of them in flight: 32 elements a thread forward, 16 (of three tensors) backward."""
+def _strip(cols: int, element_size: int, lanes: int) -> tuple[int, int]:
+    """Columns of a program, and its warps: a thread has 16 bytes of a row, and few threads idle at the row's end."""
     vector = 16 // element_size
-    block_n = _power_of_two(cols, vector, 128 * vector if not is_backward else 64 * vector)
-    elements = 2048 if is_backward else 4096
-    block_m = _power_of_two(min(rows, elements // block_n), 1, 64)
-    # A chunk's partial sums cost 8 bytes a column; 64 rows make that less than 2 % of what a chunk moves. Fewer rows,
-    # where there would not be enough programs else.
-    chunk = max(block_m, 64 if rows >= 2048 else _power_of_two(rows, 1, 16))
-    return ActivationLaunch(block_m, block_n, chunk, num_warps=4)
+    strip = _power_of_two(cols, vector, 128 * vector)
+    while strip > 64 * vector and -(-cols // strip) * strip > cols + cols // 16:
+        strip //= 2
+    return strip, max(1, strip // (lanes * vector))
 
 
-def weight_launch(rows: int, cols: int, element_size: int) -> WeightLaunch:
-    """16-byte accesses, 32 elements a thread: the pass has one tensor, read and written."""
-    vector = 16 // element_size
-    block_n = _power_of_two(cols, vector, 128 * vector)
-    return WeightLaunch(_power_of_two(min(rows, 4096 // block_n), 1, 64), block_n, num_warps=4)
+@functools.lru_cache(maxsize=1024)  # every call asks
+def activation_launch(
+    rows: int, cols: int, element_size: int, is_backward: bool = False, lanes: int = 32
+) -> ActivationLaunch:
+    """The loads of BLOCK_M rows are in flight together: of four forward, of two backward, which reads three tensors.
+
+    lanes: threads of a warp. Where the rows are few, so are those of a program, so that there are enough of them.
+    """
+    strip, warps = _strip(cols, element_size, lanes)
+    if not is_backward:
+        block_m = 4 if rows * cols * element_size >= 4 << 20 else 1
+        return ActivationLaunch(block_m, strip, block_m, warps)
+    # A chunk's partial sums cost 8 bytes a column; 64 rows make that less than 2 % of what a chunk moves.
+    chunk = _power_of_two(rows, 1, 64)
+    while chunk > 16 and rows * cols * element_size < chunk << 20:
+        chunk //= 2
+    return ActivationLaunch(min(chunk, 2), strip, chunk, warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def weight_launch(rows: int, cols: int, element_size: int, lanes: int = 32) -> WeightLaunch:
+    """The loads of eight rows are in flight together: the pass has one tensor, read and written."""
+    strip, warps = _strip(cols, element_size, lanes)
+    return WeightLaunch(_power_of_two(rows, 1, 8), strip, warps)
 
 
 def linear_launch(
@@ -105,18 +130,17 @@ def linear_launch(
     element_size: int,
     architecture: Architecture,
     is_aligned: bool,
-    has_prologue: bool = False,
 ) -> LinearLaunch:
     """Tiles for ``[rows, inputs] x [inputs, outputs]``.
 
-    is_aligned: addresses and rows of both are on 16 bytes. has_prologue: inputs are scaled, or rows have adapters.
+    is_aligned: addresses and rows of both are on 16 bytes.
 
     Up to 16 rows the weight is streamed once and K is split until every multiprocessor has two programs. More rows take
     the largest tile that still fills the device once; what does not fill it splits K.
     """
     if element_size == 4:  # TF32 would not be fp32: full-precision dots have small tiles
         block_m, block_n, block_k, warps, stages = _power_of_two(rows, 16, 64), 64, 32, 8 if rows > 32 else 4, 2
-    elif rows <= 16:
+    elif rows <= FEW_ROWS:
         block_m, block_n, block_k, warps, stages = 16, 32, 256 if is_aligned else 64, 4, 3
     elif not is_aligned:  # every element has its own address and mask, in registers
         block_m, block_n, block_k, warps, stages = 64, 64, 32, 8, 2
@@ -127,18 +151,18 @@ def linear_launch(
     else:
         block_m, block_n, block_k, warps, stages = 128, 128, 64 if architecture.has_tma else 32, 8, 3
         # 256 columns leave no registers for anything but the sums, and half as many tiles.
-        if architecture.has_warpgroup_matmul and not has_prologue:
+        if architecture.has_warpgroup_matmul:
             fills_device = -(-rows // 128) * -(-outputs // 256) >= architecture.multiprocessors
             block_n = 256 if fills_device else 128
-    use_tma = is_aligned and architecture.has_tma and rows > 16
+    use_tma = is_aligned and architecture.has_tma and rows > FEW_ROWS
     if architecture.backend == "hip":
         stages = 2
-    # A stage holds both operands, and the scales of the inputs; pointers need one buffer less than stages.
-    stage = (block_m + block_n) * block_k * element_size + (4 * block_m * block_k if has_prologue else 0)
+    # A stage holds both operands; pointers need one buffer less than stages.
+    stage = (block_m + block_n) * block_k * element_size
     stages = min(stages, architecture.shared_memory // stage + (0 if use_tma else 1))
     tiles = -(-rows // block_m) * -(-outputs // block_n)
     steps = -(-inputs // block_k)
-    wanted = 2 * architecture.multiprocessors if rows <= 16 else architecture.multiprocessors
+    wanted = 2 * architecture.multiprocessors if rows <= FEW_ROWS else architecture.multiprocessors
     # Every part is at least three steps long, or the pipeline never fills. A power of two: each value is a program to
     # compile, and the number of rows changes from step to step.
     split_k = 1 << max(1, min(wanted // tiles, steps // 3, 16)).bit_length() - 1
