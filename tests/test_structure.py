@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +27,26 @@ KERNELS_ORDER = (
     "autograd",
     "exact",
     "__init__",
+)
+# Within python/ia3 a module, or a folder, may import those before it. What computes knows no format and no merging.
+IA3_ORDER = (
+    "errors",
+    "files",
+    "config",
+    "probing",
+    "matching",
+    "patching",
+    "layers",
+    "mlp",
+    "checkpoint",
+    "interrupts",
+    "merging",
+    "serving",
+    "reporting",
+    "model",
+    "__init__",
+    "cli",
+    "__main__",
 )
 # A folder of csrc may include those before it.
 CSRC_ORDER = ("include", "core", "cpu", "cuda", "torch")
@@ -72,6 +93,37 @@ def test_ia3_kernels_imports_go_one_way() -> None:
             first = name.split(".")[1]
             if first in KERNELS_ORDER and first != parts[0]:
                 assert KERNELS_ORDER.index(first) < rank, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_ia3_imports_go_one_way() -> None:
+    for path in _modules("python/ia3"):
+        parts = path.relative_to(ROOT / "python" / "ia3").with_suffix("").parts
+        rank = IA3_ORDER.index(parts[0])
+        for name in _imports(path):
+            first = name.split(".")[1] if name.startswith("ia3.") else ""
+            if first in IA3_ORDER and first != parts[0]:
+                assert IA3_ORDER.index(first) < rank, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_no_modules_import_each_other() -> None:
+    for folder, package in (("ia3_kernels", "ia3_kernels"), ("python/ia3", "ia3")):
+        root = ROOT / folder
+        names = {".".join((package, *path.relative_to(root).with_suffix("").parts)) for path in _modules(folder)}
+        graph = {}
+        for path in _modules(folder):
+            own = ".".join((package, *path.relative_to(root).with_suffix("").parts))
+            graph[own] = {name for name in _imports(path) if name in names and name != own}
+        done: set[str] = set()
+
+        def visit(name: str, above: tuple[str, ...], graph: Any = graph, done: Any = done) -> None:
+            assert name not in above, " imports ".join((*above[above.index(name) :], name))
+            if name not in done:
+                for other in sorted(graph[name]):
+                    visit(other, (*above, name))
+                done.add(name)
+
+        for name in sorted(names):
+            visit(name, ())
 
 
 def test_ia3_uses_the_operators_and_no_kernel_file() -> None:

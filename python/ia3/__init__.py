@@ -4,6 +4,7 @@ Names are imported when they are first used: the command line answers ``--help``
 environment before transformers reads it.
 """
 
+# ruff: noqa: F401  (the imports below are for type checkers; the names are in __all__)
 from __future__ import annotations
 
 import importlib
@@ -22,12 +23,8 @@ if TYPE_CHECKING:
         set_peft_model_state_dict,
     )
 
-    from .config import (
-        IA3Config,
-    )
-    from .errors import (
-        IA3Error,
-    )
+    from .config import IA3Config
+    from .errors import IA3Error
     from .model import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
         AutoPeftModelForSeq2SeqLM,
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
-        IA3Model,
         PeftModel,
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
@@ -58,100 +54,25 @@ if TYPE_CHECKING:
         AdapterBank,
         BankReport,
     )
+    from .tuner import IA3Model
 
 # Where each name lives; what PEFT has stays PEFT's.
-_HOMES = {
-    **dict.fromkeys(("IA3Config",), ".config"),
-    **dict.fromkeys(("IA3Error",), ".errors"),
-    **dict.fromkeys(
-        (
-            "AutoPeftModel",
-            "AutoPeftModelForCausalLM",
-            "AutoPeftModelForFeatureExtraction",
-            "AutoPeftModelForQuestionAnswering",
-            "AutoPeftModelForSeq2SeqLM",
-            "AutoPeftModelForSequenceClassification",
-            "AutoPeftModelForTokenClassification",
-            "IA3Model",
-            "PeftModel",
-            "PeftModelForCausalLM",
-            "PeftModelForFeatureExtraction",
-            "PeftModelForQuestionAnswering",
-            "PeftModelForSeq2SeqLM",
-            "PeftModelForSequenceClassification",
-            "PeftModelForTokenClassification",
-            "accelerate",
-            "decelerate",
-            "get_peft_model",
-            "inject_adapter_in_model",
-        ),
-        ".model",
-    ),
-    **dict.fromkeys(
-        (
-            "Report",
-            "ReportRow",
-            "report",
-        ),
-        ".reporting",
-    ),
-    **dict.fromkeys(
-        (
-            "AdapterBank",
-            "BankReport",
-        ),
-        ".serving.bank",
-    ),
-    **dict.fromkeys(
-        (
-            "PeftConfig",
-            "PeftType",
-            "TaskType",
-            "get_layer_status",
-            "get_model_status",
-            "get_peft_model_state_dict",
-            "prepare_model_for_kbit_training",
-            "set_peft_model_state_dict",
-        ),
-        "peft",
-    ),
+_NAMES = {
+    "peft": "PeftConfig PeftType TaskType get_layer_status get_model_status get_peft_model_state_dict "
+    "prepare_model_for_kbit_training set_peft_model_state_dict",
+    ".config": "IA3Config",
+    ".errors": "IA3Error",
+    ".model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+    "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+    "AutoPeftModelForTokenClassification PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
+    "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
+    "PeftModelForTokenClassification accelerate decelerate get_peft_model inject_adapter_in_model",
+    ".reporting": "Report ReportRow report",
+    ".serving.bank": "AdapterBank BankReport",
+    ".tuner": "IA3Model",
 }
-__all__ = [
-    "AdapterBank",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "BankReport",
-    "IA3Config",
-    "IA3Error",
-    "IA3Model",
-    "PeftConfig",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftType",
-    "Report",
-    "ReportRow",
-    "TaskType",
-    "accelerate",
-    "decelerate",
-    "get_layer_status",
-    "get_model_status",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "prepare_model_for_kbit_training",
-    "report",
-    "set_peft_model_state_dict",
-]
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOMES)
 
 try:
     __version__ = metadata.version("ia3-kernels")

@@ -152,7 +152,8 @@ def _renamed(model: nn.Module, name: str) -> str:
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    return KEY_PREFIX + rename_source_key(key, renamings, [])[0]
+    renamed: str = rename_source_key(key, renamings, [])[0]
+    return KEY_PREFIX + renamed
 
 
 def check_tensors(

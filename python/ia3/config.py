@@ -55,12 +55,13 @@ class IA3Config(peft.IA3Config):
     """
 
     def __post_init__(self) -> None:
-        if self.task_type is not None:
+        task: Any = self.task_type
+        if task is not None:
             try:
-                self.task_type = TaskType(self.task_type)
+                self.task_type = TaskType(task)
             except ValueError:
                 raise IA3Error(
-                    f"task_type is {self.task_type!r}; expected one of {', '.join(task.value for task in TaskType)}, "
+                    f"task_type is {task!r}; expected one of {', '.join(task.value for task in TaskType)}, "
                     "or None: correct it."
                 ) from None
         if self.peft_type not in (None, PeftType.IA3):
@@ -74,11 +75,12 @@ class IA3Config(peft.IA3Config):
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             setattr(self, name, _as_names(name, getattr(self, name)))
             self._check_pattern(name)
-        if self.modules_to_save is not None:
-            names = _as_names("modules_to_save", self.modules_to_save)
+        saved: Any = self.modules_to_save
+        if saved is not None:
+            names = _as_names("modules_to_save", saved)
             if isinstance(names, str):
                 raise IA3Error(f"modules_to_save is {names!r}; expected a list of module names: write [{names!r}].")
-            self.modules_to_save = list(self.modules_to_save)
+            self.modules_to_save = list(saved)
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
             outside = self.feedforward_modules - self.target_modules
             if outside:

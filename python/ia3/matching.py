@@ -301,7 +301,8 @@ def _storable_feedforward(config: IA3Config, paths: list[str]) -> set[str] | str
     """
     defaults, targets = config.feedforward_modules, config.target_modules
     if not isinstance(defaults, set) or not isinstance(targets, set) or defaults <= targets:
-        return defaults  # type: ignore[return-value]
+        stored: set[str] | str = defaults
+        return stored
     subset = {entry for entry in targets if is_feedforward(entry, defaults)}
     if all(is_feedforward(path, defaults) == is_feedforward(path, subset) for path in paths):
         return subset
@@ -344,7 +345,7 @@ def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
     modules = dict(named_base_modules(model))
     explicit_feedforward = config.feedforward_modules
     # A model has one of its task's heads; naming the others too is what a saved configuration does.
-    heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
+    heads = TASK_HEADS.get(config.task_type, ())
     explicit_saved = [name for name in config.modules_to_save or () if strict and name not in heads]
     config = _with_defaults(model, config)
     matched = _matched_targets(model, modules, config, strict)

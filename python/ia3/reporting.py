@@ -12,10 +12,11 @@ from torch import nn
 
 import ia3_kernels
 
+from .blocks import Row, row_of
 from .layers import ScaledLayer, acting_adapters, plain_weight, vectors_of
 from .matching import is_scaled
 from .merging.quantized import error_of
-from .mlp import Row, obstacle, patch_of, row_of
+from .mlp import obstacle, patch_of
 
 
 @dataclass(frozen=True)

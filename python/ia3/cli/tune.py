@@ -78,8 +78,8 @@ def _shapes_of(folder: Path) -> set[tuple[str, int, int, bool]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..config import IA3Config
-    from ..layers import is_linear, plain_weight
-    from ..matching import plan_adapter
+    from ..layers import plain_weight
+    from ..matching import is_linear, plan_adapter
 
     if not (folder / "config.json").is_file():
         raise IA3Error(f"there is no config.json in {folder}; name the folder of a transformers model.")
