@@ -268,6 +268,8 @@ def scratch_folder(out: Path) -> Iterator[Path]:
     """
     prefix, scratch = f".{out.name}.ia3-merge.", None
     for left in sorted(out.parent.glob(glob.escape(prefix) + "*")):
+        with suppress(OSError):
+            left.rmdir()  # one without files: killed before it had its lock, or after
         # Nothing is removed on a file system without locks, where nobody can tell.
         with suppress(OSError), open(left / "lock", "rb+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

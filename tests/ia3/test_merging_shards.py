@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import ia3
+from ia3 import merging_shards as shards
 from ia3.merging_checkpoint import plan_merge, write_merged
 
 from .conftest import BY_NAME
@@ -71,12 +73,19 @@ def test_a_full_disk_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-def test_an_interrupt_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_interrupt_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 64)
+    calls = []
+
     def stop(count: int) -> None:
-        raise KeyboardInterrupt
+        calls.append(count)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        time.sleep(0.005)
 
     with pytest.raises(KeyboardInterrupt):
         write_merged(plan_merge(*pair, tmp_path / "out"), tmp_path / "out", advance=stop)
+    assert len(calls) < 60  # a file has some 150 blocks; the other threads' files are not gone through
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 

@@ -1,4 +1,4 @@
-"""Kills merges, at each step until one is whole, then at random moments: `kill_merges.py BASE ADAPTER OUT`.
+"""Kills merges before each of their operations on files, then at random moments: `kill_merges.py BASE ADAPTER OUT`.
 
 A process of its own, of one thread, because it forks. What is whole is renamed to `whole-1`, `whole-2`, … beside OUT.
 """
@@ -17,27 +17,29 @@ import torch
 
 from ia3.merging_checkpoint import MergePlan, plan_merge, write_merged
 
-KILLS = 40
+RANDOM_KILLS = 10
 
 
 def _merge(plan: MergePlan, out: Path, steps: int) -> None:
-    """Merge, and be killed at the step with this number; 0: at none."""
+    """Merge, and be killed before the operation with this number; 0: before none."""
 
-    def advance(count: int) -> None:
+    def audit(event: str, arguments: object) -> None:
         nonlocal steps
-        time.sleep(0.0005)
-        steps -= 1
-        if not steps:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "open" or event.startswith(("os.", "shutil.", "tempfile.", "fcntl.")):
+            steps -= 1
+            if not steps:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    write_merged(plan, out, advance=advance)
+    sys.addaudithook(audit)
+    write_merged(plan, out)
 
 
 def main(base: Path, adapter: Path, out: Path) -> None:
     """Fail with an assertion where a merge ends and leaves nothing."""
     plan, chance = plan_merge(base, adapter, out), random.Random(0)
-    duration, kills, whole = 0.0, 0, 0
-    while not whole or kills < KILLS:
+    duration, kills, whole, tries = 0.0, 0, 0, 0
+    while tries < RANDOM_KILLS:
+        tries += whole > 0
         start = time.perf_counter()
         child = os.fork()
         if not child:
