@@ -1,4 +1,4 @@
-"""A merged copy of a 4 GB checkpoint, tensor by tensor, against `cp -r`; and what memory that takes, and in place."""
+"""A merged copy of a 4 GB checkpoint, tensor by tensor, against `cp -r`; and what memory that takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ia3 import IA3Config
-from ia3.streaming import folder as streaming
+from ia3.merging.checkpoint import plan_merge, write_merged
 
 from ..measure import round_order
 from ..records import Recorder
@@ -31,15 +31,15 @@ TARGETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("down_proj",),
     ),
 }
-# Runs one operation in a process of its own: what it needs at most beyond what its imports and libraries take.
+# Merges in a process of its own: what that needs at most beyond what its imports and libraries take.
 _PEAK = """
 import sys, pathlib
-from bench.suites.merge_checkpoint import OPERATIONS, held_bytes, rehearse
-base, adapter, out, operation = *map(pathlib.Path, sys.argv[1:4]), OPERATIONS[sys.argv[4]]
+from bench.suites.merge_checkpoint import held_bytes, merge_copy, rehearse
+base, adapter, out = map(pathlib.Path, sys.argv[1:])
 rehearse(out)
 held = held_bytes("VmRSS")
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-operation(base, adapter, out)
+merge_copy(base, adapter, out)
 print(held_bytes("VmHWM") - held)
 """
 
@@ -84,7 +84,13 @@ def make_checkpoint(folder: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloa
             },
         )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "num_hidden_layers": sizes.layers,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def make_adapter(folder: Path, sizes: Sizes, targets: tuple[str, ...], feedforward: tuple[str, ...]) -> None:
@@ -120,48 +126,25 @@ def copy(base: Path, adapter: Path, out: Path) -> None:
 
 
 def merge_copy(base: Path, adapter: Path, out: Path) -> None:
-    """What `ia3 merge --out` does."""
-    checkpoint, plan = streaming.prepare(base, adapter, out)
-    streaming.merge_folder(checkpoint, plan, out)
-
-
-def merge_in_place(base: Path, adapter: Path, out: Path) -> None:
-    """What `ia3 merge --in-place` does."""
-    from ia3.streaming import patch
-
-    patch.merge_in_place(base, adapter)
-
-
-def unmerge(base: Path, adapter: Path, out: Path) -> None:
-    """What `ia3 unmerge` does."""
-    from ia3.streaming import patch
-
-    patch.unmerge(base)
-
-
-OPERATIONS: Mapping[str, Callable[[Path, Path, Path], None]] = {
-    "ours": merge_copy,
-    "ours, in place": merge_in_place,
-    "ours, unmerging": unmerge,
-}
+    """What `ia3 merge` does."""
+    write_merged(plan_merge(base, adapter, out), out)
 
 
 def rehearse(scratch: Path) -> None:
-    """All operations on a tiny checkpoint, so that whatever is imported or started at first use is there."""
+    """Merge a tiny checkpoint, so that whatever is imported or started at first use is there."""
     sizes = Sizes(1, 64, 32, 128, 64)
     folder = scratch.with_name("rehearsal")
     folder.mkdir()
     try:
         make_checkpoint(folder / "base", sizes)
         make_adapter(folder / "adapter", sizes, *TARGETS["default targets"])
-        for operation in OPERATIONS.values():
-            operation(folder / "base", folder / "adapter", folder / "out")
+        merge_copy(folder / "base", folder / "adapter", folder / "out")
     finally:
         shutil.rmtree(folder)
 
 
-def _peak(operation: str, base: Path, adapter: Path, out: Path) -> int:
-    command = [sys.executable, "-c", _PEAK, *map(str, (base, adapter, out)), operation]
+def _peak(base: Path, adapter: Path, out: Path) -> int:
+    command = [sys.executable, "-c", _PEAK, *map(str, (base, adapter, out))]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -203,14 +186,7 @@ def run(settings: Settings, recorder: Recorder, sizes: Sizes | None = None) -> N
             times = _times(base, adapter, out, settings.rounds(5))
             nbytes = dict.fromkeys(times, 2 * total)
             recorder.add_times("merge_checkpoint", case, "bf16", times, {"ours": ("cp -r",)}, nbytes)
-            for operation in OPERATIONS:
-                peak = _peak(operation, base, adapter, out)
-                shutil.rmtree(out, ignore_errors=True)
-                recorder.add(
-                    "merge_checkpoint",
-                    f"{case}: peak memory",
-                    "bf16",
-                    operation,
-                    ratios={"largest tensor": peak / largest},
-                    nbytes=peak,
-                )
+            peak = _peak(base, adapter, out)
+            shutil.rmtree(out)
+            ratios = {"largest tensor": peak / largest}
+            recorder.add("merge_checkpoint", f"{case}: peak memory", "bf16", "ours", ratios=ratios, nbytes=peak)

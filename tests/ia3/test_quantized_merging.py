@@ -133,7 +133,9 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
             if parameter is not None:
                 found[f"{path}.{name}"] = _bits(parameter)
                 found[f"{path}.{name}.quant_state"] = _bits(getattr(parameter, "quant_state", None))
-        if type(module).__name__ == "Linear8bitLt" and "state" in module.__dict__:  # PEFT's layers have the name as well
+        if (
+            type(module).__name__ == "Linear8bitLt" and "state" in module.__dict__
+        ):  # PEFT's layers have the name as well
             scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
             found[f"{path}.SCB"] = _bits(scales)
     return found

@@ -321,23 +321,12 @@ def tune(
 def merge(
     base: Annotated[Path, typer.Option(metavar="FOLDER", help="The model that the adapter was trained on.")],
     adapter: Annotated[Path, typer.Option(metavar="FOLDER", help="The adapter.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder to make for the merged model.")] = None,
-    in_place: Annotated[
-        bool, typer.Option("--in-place", help="Change the base's own files, so that `ia3 unmerge` can undo it.")
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to make for the merged model.")],
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links, not copies, for weight files that the adapter leaves alone.")
     ] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read everything again afterwards, and compare.")] = False,
 ) -> None:
-    """Merge an adapter into a model's safetensors files, tensor by tensor, without loading the model."""
+    """Merge an adapter into a copy of a model's safetensors files, tensor by tensor, without loading the model."""
     from . import merge as command
 
-    command.run(base, adapter, out, in_place, verify)
-
-
-@app.command()
-def unmerge(
-    base: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model that `ia3 merge --in-place` changed.")],
-) -> None:
-    """Undo a merge in place, finished or interrupted: every byte is as it was."""
-    from . import merge as command
-
-    command.undo(base)
+    command.run(base, adapter, out, link)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import IA3Error
-from ..streaming.state import refuse_interrupted
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +57,6 @@ def locate(path: Path) -> Source:
                     f"{path} is an adapter, not a model; name its base model and pass the folder by --adapter."
                 )
             raise IA3Error(f"{path} has no config.json, so it is no model folder; name one, or a .gguf file.")
-        refuse_interrupted(path)
         return Source(path)
     try:
         with path.open("rb") as file:

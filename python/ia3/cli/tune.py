@@ -10,7 +10,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..errors import IA3Error
-from ..streaming.state import refuse_interrupted
 
 # Two octaves apart: every number of rows up to four times the last has a measurement within a factor of two.
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -83,7 +82,6 @@ def _shapes_of(folder: Path) -> set[tuple[str, int, int, bool]]:
 
     if not (folder / "config.json").is_file():
         raise IA3Error(f"there is no config.json in {folder}; name the folder of a transformers model.")
-    refuse_interrupted(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     found = set()

@@ -1,136 +1,65 @@
-"""Kills merges in place at every step and at random moments: `kill_merges.py BASE ADAPTER SCRATCH`; prints how many.
+"""Kills merges before each of their operations on files, then at random moments: `kill_merges.py BASE ADAPTER OUT`.
 
-A process of its own, of one thread, because it forks. It exits with an assertion if a file is not whole after recovery.
+A process of its own, of one thread, because it forks. What is whole is renamed to `whole-1`, `whole-2`, … beside OUT.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from ia3.streaming import patch
-from ia3.streaming.journal import Disk
-from ia3.streaming.state import JOURNAL_NAME, KEPT_NAME, SCRATCH_NAME
+from ia3.merging.checkpoint import MergePlan, plan_merge, write_merged
 
-BLOCK_BYTES = 2048
-RANDOM_KILLS = 20
+RANDOM_KILLS = 10
 
 
-class UnforcedDisk(Disk):
-    """Forces nothing to the disk: a killed process loses nothing that it wrote."""
+def _merge(plan: MergePlan, out: Path, steps: int) -> None:
+    """Merge, and be killed before the operation with this number; 0: before none."""
 
-    def sync(self, file: int) -> None:
-        pass
+    def audit(event: str, arguments: object) -> None:
+        nonlocal steps
+        if event == "open" or event.startswith(("os.", "shutil.", "tempfile.", "fcntl.")):
+            steps -= 1
+            if not steps:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def _sync_folder(self, folder: Path) -> None:
-        pass
-
-
-class KillingDisk(UnforcedDisk):
-    """Kills its process at the operation with this number; in the middle of it, if it writes."""
-
-    def __init__(self, last: int) -> None:
-        self._left = last
-
-    def _is_last(self) -> bool:
-        self._left -= 1
-        return self._left == 0
-
-    def create(self, path: Path) -> None:
-        if self._is_last():
-            _die()
-        super().create(path)
-
-    def write(self, file: int, data: memoryview | bytes, start: int) -> None:
-        if self._is_last():
-            os.pwrite(file, data[: len(data) // 2], start)
-            _die()
-        super().write(file, data, start)
-
-    def sync(self, file: int) -> None:
-        if self._is_last():
-            _die()
-
-    def rename(self, old: Path, new: Path) -> None:
-        if self._is_last():
-            _die()
-        super().rename(old, new)
-
-    def remove(self, path: Path) -> None:
-        if self._is_last():
-            _die()
-        super().remove(path)
+    sys.addaudithook(audit)
+    write_merged(plan, out)
 
 
-def _die() -> NoReturn:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("a process outlived SIGKILL")
-
-
-def main(base: Path, adapter: Path, folder: Path) -> int:
-    """Returns how many merges were killed."""
-
-    def weights() -> dict[str, bytes]:
-        own = (JOURNAL_NAME, KEPT_NAME, SCRATCH_NAME)
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in own}
-
-    def renew() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(base, folder)
-
-    def merge(disk: Disk) -> None:
-        patch.merge_in_place(folder, adapter, disk=disk, block_bytes=BLOCK_BYTES)
-
-    def merge_in_child(disk: Disk, delay: float | None = None) -> bool:
-        """Whether the child was killed."""
-        renew()
+def main(base: Path, adapter: Path, out: Path) -> None:
+    """Fail with an assertion where a merge ends and leaves nothing."""
+    plan, chance = plan_merge(base, adapter, out), random.Random(0)
+    duration, kills, whole, tries = 0.0, 0, 0, 0
+    while tries < RANDOM_KILLS:
+        tries += whole > 0
+        start = time.perf_counter()
         child = os.fork()
         if not child:
             try:
-                merge(disk)
+                _merge(plan, out, 0 if whole else kills + 1)
             finally:
                 os._exit(0)
-        if delay is not None:
-            time.sleep(delay)
+        if whole:
+            time.sleep(chance.uniform(0, duration))
             os.kill(child, signal.SIGKILL)
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-    def recover(finishes: bool) -> None:
-        if finishes and not (folder / KEPT_NAME).exists():
-            merge(UnforcedDisk())
-            assert weights() == merged, "a merge that was finished is not the merge"
-        elif (folder / JOURNAL_NAME).exists() or (folder / KEPT_NAME).exists():
-            patch.unmerge(folder, disk=UnforcedDisk())
-            assert weights() == original, "a merge that was undone is not undone"
-        else:
-            assert weights() == original, "weights changed without a journal"
-
-    renew()
-    original = weights()
-    start = time.perf_counter()
-    merge(UnforcedDisk())
-    duration = time.perf_counter() - start
-    merged = weights()
-    assert merged != original
-    kills = 0
-    while merge_in_child(KillingDisk(kills + 1)):
-        kills += 1
-        recover(finishes=kills % 2 == 0)
-    chance = random.Random(0)
-    for index in range(RANDOM_KILLS):
-        kills += merge_in_child(UnforcedDisk(), chance.uniform(0, 1.2 * duration))
-        recover(finishes=index % 2 == 0)
-    return kills
+        was_killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        kills += was_killed
+        assert out.exists() or was_killed, "a merge ended and left nothing"
+        if out.exists():
+            duration = duration or time.perf_counter() - start
+            whole += 1
+            out.rename(out.with_name(f"whole-{whole}"))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(main(*map(Path, sys.argv[1:4])))
+    warnings.simplefilter("ignore")
+    main(*map(Path, sys.argv[1:4]))
