@@ -148,7 +148,7 @@ def table(summary: Summary, prompt: str, before: str, after: str, ratios: dict[s
 
 
 def compare(
-    model: IA3Model, base: PreTrainedModel, adapter: Path, examples: Sequence[data.Example], rounds: int
+    model: PeftModel, base: PreTrainedModel, adapter: Path, examples: Sequence[data.Example], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of a step in each round, and bytes kept for backward, of the names in IMPLEMENTATIONS.
 

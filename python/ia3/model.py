@@ -63,7 +63,7 @@ class PeftModel(peft.PeftModel):
         check_name(adapter_name)
         plan = plan_adapter(model, IA3Config.of(peft_config))
         with all_or_nothing(model, adapter_name):
-            with _as_linear(plan):
+            with _injecting(plan):
                 super().__init__(model, plan.exact_config(), adapter_name, **kwargs)
             self.base_model.peft_config[adapter_name] = plan.config
             accelerate(self)
@@ -80,7 +80,7 @@ class PeftModel(peft.PeftModel):
     def _add(self, adapter_name: str, plan: Plan, *args: Any, **kwargs: Any) -> None:
         is_first = not self.active_adapters
         with all_or_nothing(self.get_base_model(), adapter_name):
-            with _as_linear(plan):
+            with _injecting(plan):
                 super().add_adapter(adapter_name, plan.exact_config(), *args, **kwargs)
             self.peft_config[adapter_name] = plan.config
             if is_first:
@@ -129,7 +129,7 @@ class PeftModel(peft.PeftModel):
         plan = plan_adapter(model, found, strict=False)
         mapping = _check_file(model, folder, expected_tensors(plan), key_mapping)
         with all_or_nothing(model, adapter_name):
-            with _as_linear(plan):
+            with _injecting(plan):
                 result = peft.PeftModel.from_pretrained(
                     model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
                     key_mapping=mapping, **kwargs,
@@ -274,15 +274,21 @@ def _check_file(
 
 
 @contextmanager
-def _as_linear(plan: Plan) -> Iterator[None]:
-    """Within the block, targets that are linear but for their class are what PEFT takes for a linear layer."""
+def _injecting(plan: Plan) -> Iterator[None]:
+    """Within the block, targets that are linear but for their class are what PEFT takes for a linear layer.
+
+    What PEFT says of nothing that a user did is not passed on; of ``fan_in_fan_out`` the plan has said what there is.
+    """
     hidden = [(layer, base_of(layer)) for layer in (target.module for target in plan.targets)]
     odd = [base for _, base in hidden if not isinstance(base, nn.Linear | _KNOWN_TO_PEFT)]
     kinds = [type(base) for base in odd]
     for base, kind in zip(odd, kinds, strict=True):
         base.__class__ = type(kind.__name__, (kind, nn.Linear), {})
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+            yield
     finally:
         for base, kind in zip(odd, kinds, strict=True):
             base.__class__ = kind
@@ -390,7 +396,7 @@ def inject_adapter_in_model(
     config = IA3Config.of(peft_config)
     plan = plan_adapter(model, config, strict="state_dict" not in kwargs)
     with all_or_nothing(model, adapter_name):
-        with _as_linear(plan):
+        with _injecting(plan):
             peft.inject_adapter_in_model(plan.exact_config(), model, adapter_name, **kwargs)
         configs: Any = model.peft_config
         configs[adapter_name] = plan.config
