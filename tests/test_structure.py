@@ -47,6 +47,7 @@ IA3_ORDER = (
     "swap",
     "tuner",
     "model",
+    "bank",
     "__init__",
     "cli",
     "__main__",

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
         set_peft_model_state_dict,
     )
 
+    from .bank import (
+        AdapterBank,
+        BankReport,
+    )
     from .config import IA3Config
     from .errors import IA3Error
     from .model import (
@@ -50,16 +54,13 @@ if TYPE_CHECKING:
         ReportRow,
         report,
     )
-    from .serving.bank import (
-        AdapterBank,
-        BankReport,
-    )
     from .tuner import IA3Model
 
 # Where each name lives; what PEFT has stays PEFT's.
 _NAMES = {
     "peft": "PeftConfig PeftType TaskType get_layer_status get_model_status get_peft_model_state_dict "
     "prepare_model_for_kbit_training set_peft_model_state_dict",
+    ".bank": "AdapterBank BankReport",
     ".config": "IA3Config",
     ".errors": "IA3Error",
     ".model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
@@ -68,7 +69,6 @@ _NAMES = {
     "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
     "PeftModelForTokenClassification accelerate decelerate get_peft_model inject_adapter_in_model",
     ".reporting": "Report ReportRow report",
-    ".serving.bank": "AdapterBank BankReport",
     ".tuner": "IA3Model",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}

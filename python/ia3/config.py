@@ -55,10 +55,11 @@ class IA3Config(peft.IA3Config):
     """
 
     def __post_init__(self) -> None:
-        task: Any = self.task_type
+        given: Any = self  # whose fields PEFT declares with types that its files do not keep to
+        task = given.task_type
         if task is not None:
             try:
-                self.task_type = TaskType(task)
+                given.task_type = TaskType(task)
             except ValueError:
                 raise IA3Error(
                     f"task_type is {task!r}; expected one of {', '.join(task.value for task in TaskType)}, "
@@ -75,12 +76,12 @@ class IA3Config(peft.IA3Config):
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             setattr(self, name, _as_names(name, getattr(self, name)))
             self._check_pattern(name)
-        saved: Any = self.modules_to_save
+        saved = given.modules_to_save
         if saved is not None:
             names = _as_names("modules_to_save", saved)
             if isinstance(names, str):
                 raise IA3Error(f"modules_to_save is {names!r}; expected a list of module names: write [{names!r}].")
-            self.modules_to_save = list(saved)
+            given.modules_to_save = list(saved)
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
             outside = self.feedforward_modules - self.target_modules
             if outside:

@@ -24,14 +24,31 @@ ALL_LINEAR = "all-linear"
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 # Packed linear layers that do not inherit from nn.Linear; by name, because they come with optional packages.
 _LINEAR_LIKE = frozenset({"GgufLinear"})
-# Layers whose weights their parents read, and which they never call, at least not always: by the parent's class.
+# Layers whose weights their parents read, and which they never call, at least not always: by the parent's class. Kernels
+# for Mamba's kinds take the weights of what follows them too, when they train on GPUs.
+_MAMBA = ("dt_proj", "x_proj", "out_proj")
+_ATTENTION_MAP = ("k_proj",)
 _READ_BY_PARENT = {
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
-    "MambaMixer": ("dt_proj",),
-    "FalconMambaMixer": ("dt_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "DetrMHAttentionMap": _ATTENTION_MAP,
+    "ConditionalDetrMHAttentionMap": _ATTENTION_MAP,
+    "MaskFormerDetrMHAttentionMap": _ATTENTION_MAP,
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MambaMixer": _MAMBA,
+    "FalconMambaMixer": _MAMBA,
     "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
 }
+# Layers that their parents slice where the model's configuration says so.
+_SLICED_BY_PARENT = {"BloomAttention": ("dense",), "BloomMLP": ("dense_4h_to_h",)}
 
 _DECODER = ("q_proj v_proj down_proj", "down_proj")
 _FUSED_QKV = ("query_key_value dense_4h_to_h", "dense_4h_to_h")
@@ -173,11 +190,11 @@ def _read_by(model: nn.Module, path: str) -> str | None:
     """Return the class of the parent that reads the weight of the layer of this name without calling it, or None."""
     outer, _, name = path.rpartition(".")
     parent: Any = model.get_submodule(outer)
-    for kind in type(parent).__mro__:
-        if name in _READ_BY_PARENT.get(kind.__name__, ()):
-            return kind.__name__
-    is_sliced = getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1  # Bloom's
-    return type(parent).__name__ if is_sliced else None
+    is_sliced = getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1
+    for kind in (entry.__name__ for entry in type(parent).__mro__):
+        if name in _READ_BY_PARENT.get(kind, ()) or (is_sliced and name in _SLICED_BY_PARENT.get(kind, ())):
+            return kind
+    return None
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
@@ -230,7 +247,13 @@ def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA
     targets = config.target_modules
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
-            return _all_linear(model, modules, config)
+            found = _all_linear(model, modules, config)
+            if not found:
+                raise IA3Error(
+                    f"target_modules is {targets!r}, but this {type(model).__name__} has no linear layer beside its "
+                    "output layer that is called as one; name the modules to scale."
+                )
+            return found
         matched = [path for path in modules if re.fullmatch(targets, path)]
         if not matched:
             raise IA3Error(

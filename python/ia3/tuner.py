@@ -214,10 +214,23 @@ class IA3Model(peft_tuner.IA3Model):
         if names is None:
             yield
             return
-        batch = MixedBatch(self, names, generation_repeats(self.model, args, kwargs))
+        repeats = generation_repeats(self.model, args, kwargs)
+        batch = MixedBatch(self, names, repeats)
         check_batch(names, args, kwargs)
-        with batch:
-            yield
+        if torch.compiler.is_compiling():
+            with batch:
+                yield
+            return
+
+        def check(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            check_batch(names, args, kwargs, repeats)  # PEFT's forward takes most arguments under names of its own
+
+        handle = self.model.register_forward_pre_hook(check, with_kwargs=True)
+        try:
+            with batch:
+                yield
+        finally:
+            handle.remove()
 
     def route(self, adapter_names: Sequence[str], repeats: int = 1) -> MixedBatch:
         """Return a block in which each sequence of a batch runs with the adapter named for it, in this thread.

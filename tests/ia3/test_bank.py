@@ -170,7 +170,7 @@ def test_other_mistakes_are_sentences(model: ia3.PeftModel, tmp_path: Path) -> N
         (lambda: bank.pin("nobody"), "no adapter 'nobody'"),
         (lambda: bank.unpin("nobody"), "no adapter 'nobody'"),
         (lambda: AdapterBank(model, 2), "has a bank already"),
-        (lambda: AdapterBank(model.get_base_model(), 2), "model is a LlamaForCausalLM; expected an IA3Model"),  # type: ignore[arg-type]
+        (lambda: AdapterBank(model.get_base_model(), 2), "model is a LlamaForCausalLM, whose layers do not tell"),  # type: ignore[arg-type]
         (lambda: AdapterBank(copy.deepcopy(model), 0), "capacity is 0"),
         (lambda: AdapterBank(copy.deepcopy(model), 2, host_limit=-1), "host_limit is -1"),
     ):
@@ -386,3 +386,41 @@ def test_threads_that_load_unload_and_generate(
     assert report.misses > 0
     assert report.in_use == 0
     assert report.resident + len(bank._free) == 17
+
+
+# --- beside the model's own -----------------------------------------------------------------------------------------
+
+
+def test_a_bank_is_made_of_a_base_model_and_a_configuration(families: dict[str, Any], model: ia3.PeftModel) -> None:
+    family = families["llama"]
+    bank = AdapterBank(family.build(), ia3.IA3Config(task_type="CAUSAL_LM"), 2)
+    bank.load("one", vectors(model, 1))
+    inputs = {name: tensor for name, tensor in family.inputs().items() if name == "input_ids"}
+    with torch.no_grad():
+        got = bank.model(**inputs, adapter_names=["one", "__base__"]).logits
+        base = family.build()(**inputs).logits
+    torch.testing.assert_close(got[1], base[1])
+    assert not torch.allclose(got[0], base[0])
+    with pytest.raises(IA3Error, match="capacity is None"):
+        AdapterBank(family.build(), ia3.IA3Config(task_type="CAUSAL_LM"))
+
+
+def test_adapters_of_the_model_and_of_its_bank_share_a_batch(families: dict[str, Any], model: ia3.PeftModel) -> None:
+    family = families["llama"]
+    bank = AdapterBank(model, 2)
+    bank.load("one", vectors(model, 1))
+    ids = family.inputs()["input_ids"]
+    with torch.no_grad():
+        alone = [model(input_ids=ids, adapter_names=[name] * 2).logits for name in ("default", "one")]
+        before = bank.report()
+        together = model(input_ids=ids, adapter_names=["default", "one"]).logits
+        torch.testing.assert_close(together[0], alone[0][0])
+        torch.testing.assert_close(together[1], alone[1][1])
+        assert not torch.allclose(alone[0], alone[1])
+        model.get_base_model().model.layers[0].mlp.down_proj.ia3_l["default"].mul_(2)  # as it is at each batch
+        again = model(input_ids=ids, adapter_names=["default", "one"]).logits
+    assert not torch.allclose(again[0], together[0])
+    torch.testing.assert_close(again[1], together[1])
+    assert (bank.report().resident, len(bank)) == (before.resident, 1)  # the slot was lent for the batch
+    with pytest.raises(IA3Error, match="is trained, and gradients do not reach it"):
+        model(input_ids=ids, adapter_names=["default", "one"])

@@ -24,6 +24,7 @@ from ia3_kernels import stays_finite
 from ..errors import IA3Error
 from ..interrupts import held_back
 from ..layers import ScaledLayer, vectors_of
+from ..matching import CONVOLUTIONS
 from ..mlp import up_projections
 from ..patching import runs_class_forward
 from ..probing import what_linear_computes
@@ -87,14 +88,21 @@ def _check_enabled(layers: Iterable[NamedLayer]) -> None:
 def _is_plain(base: Any) -> bool:
     """Return whether the rows and columns of a layer's weight are all that its output depends on.
 
-    A subclass counts where it computes what a linear layer does; of convolutions none (it may compute its weight).
+    A subclass counts where it computes what a linear layer does, or runs a convolution's own methods: others may compute
+    their weight.
     """
     weight = base._parameters.get("weight")
     if type(weight) not in (nn.Parameter, Tensor) or not runs_class_forward(base):
         return False
-    if type(base) in (Conv1D, nn.Conv2d, nn.Conv3d):
+    if any(isinstance(base, kind) and _runs_methods_of(kind, type(base)) for kind in (Conv1D, *CONVOLUTIONS)):
         return True
     return isinstance(base, nn.Linear) and what_linear_computes(base) == "linear"
+
+
+def _runs_methods_of(kind: Any, subclass: Any) -> bool:
+    return all(
+        getattr(subclass, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward", "__call__")
+    )
 
 
 def _to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:

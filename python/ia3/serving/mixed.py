@@ -156,10 +156,13 @@ def unknown_name(name: str, known: Iterable[str], place: str) -> IA3Error:
     )
 
 
-def check_batch(adapter_names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise :class:`IA3Error` unless there is one name for each sequence that a call's arguments hold."""
+def check_batch(adapter_names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], repeats: int = 1) -> None:
+    """Raise :class:`IA3Error` unless there is one name for each sequence that a call's arguments hold.
+
+    repeats: how many copies of each sequence may stand next to each other.
+    """
     size = _batch_size(args, kwargs)
-    if size is not None and size != len(adapter_names):
+    if size is not None and size not in (len(adapter_names), repeats * len(adapter_names)):
         raise IA3Error(
             f"adapter_names has {len(adapter_names)} name{'s' if len(adapter_names) > 1 else ''}, and the batch has "
             f"{size} sequence{'s' if size > 1 else ''}; pass one name for each, {BASE_NAME!r} for none."
@@ -248,12 +251,19 @@ def open_source(tuner: Any, names: Sequence[str]) -> Source:
     both = [name for name in in_bank if name in own]
     if both:
         raise IA3Error(f"{both[0]!r} is an adapter of the model and one of its bank; rename or unload one of them.")
-    if in_bank and in_model:
+    if not in_bank and in_model:
+        return _OwnAdapters(sites, list(own), wanted)
+    if in_model and torch.is_grad_enabled() and any(_is_trained(sites, name) for name in in_model):
         raise IA3Error(
-            f"{in_bank[0]!r} is in the bank and {in_model[0]!r} is an adapter of the model, and one batch takes all of "
-            "its adapters from one of them; load the others into the bank too."
+            f"{in_bank[0]!r} is in the bank and {in_model[0]!r} is an adapter of the model that is trained, and "
+            "gradients do not reach it beside a bank's; run the batch under torch.no_grad(), or without the bank's adapters."
         )
-    return _OwnAdapters(sites, list(own), wanted) if in_model else bank.lease(sites)
+    source: Source = bank.lease(sites)
+    return source
+
+
+def _is_trained(sites: Sites, name: str) -> bool:
+    return any(vector.requires_grad for _, layer in sites.layers for vector in vectors_of(layer, [name]))
 
 
 class _OwnAdapters:

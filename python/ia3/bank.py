@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import KEY_PREFIX, WEIGHTS_NAME, read_tensors, vector_shape
-from ..config import IA3Config
-from ..errors import IA3Error
-from ..files import source_folder
-from .mixed import BASE_NAME, Sites, unknown_name
-from .routing import BASE
+from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, read_tensors, vector_shape
+from .config import IA3Config
+from .errors import IA3Error
+from .files import source_folder
+from .layers import vectors_of
+from .model import get_peft_model
+from .serving.mixed import BASE_NAME, Sites, unknown_name
+from .serving.routing import BASE
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,11 @@ class _Adapter:
 class AdapterBank:
     """Up to ``capacity`` adapters in the memory of a model's layers, and any number outside.
 
-    model: its scaled layers are those that adapters of the bank may have vectors for. It stays as it is, and gets the
-        bank's adapters by name: ``model.generate(…, adapter_names=["fr", "__base__", "de"])``.
+    model: a base model, with ``config``; or a ``PeftModel``, whose scaled layers are those that adapters of the bank
+        may have vectors for. :attr:`model` is the one to call, and gets the bank's adapters by name:
+        ``bank.model.generate(…, adapter_names=["fr", "__base__", "de"])``.
+    config: which layers of a base model adapters scale, an ``IA3Config``. Left out for a ``PeftModel``:
+        ``AdapterBank(model, capacity)``.
     capacity: slots; each costs four bytes for every entry of an adapter's vectors.
     folder: where evicted adapters are written, in a scratch folder of the bank's own; without it they stay in host
         memory.
@@ -81,22 +87,31 @@ class AdapterBank:
 
     def __init__(
         self,
-        model: Any,
-        capacity: int,
+        model: nn.Module,
+        config: Any = None,
+        capacity: Any = None,
         folder: str | os.PathLike[str] | None = None,
         host_limit: int | None = None,
     ) -> None:
+        if capacity is None and not isinstance(config, peft.IA3Config):
+            config, capacity = None, config
+        for name, value in (("capacity", capacity), ("host_limit", host_limit)):
+            if name == "host_limit" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise IA3Error(f"{name} is {value!r}; expected a number above 0.")
         tuner: Any = getattr(model, "base_model", None)
-        if not hasattr(tuner, "bank"):
+        if config is not None:
+            model = get_peft_model(model, config)
+            tuner = model.base_model
+        elif not hasattr(tuner, "bank"):
             raise IA3Error(
-                f"model is a {type(model).__name__}; expected a PeftModel of ia3, whose layers tell what adapters "
-                "may scale: make one with get_peft_model or from_pretrained."
+                f"model is a {type(model).__name__}, whose layers do not tell what adapters may scale; pass an "
+                "IA3Config as well, AdapterBank(model, config, capacity), or a PeftModel of ia3."
             )
         if tuner.bank is not None:
             raise IA3Error("the model has a bank already; load into that one, or close it first.")
-        for name, value in (("capacity", capacity), ("host_limit", host_limit)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise IA3Error(f"{name} is {value!r}; expected a number above 0.")
+        self.model: Any = model
         self.capacity = capacity
         self._tuner = tuner
         self._host_limit = host_limit
@@ -258,6 +273,20 @@ class AdapterBank:
         adapter.users += 1
         return adapter
 
+    def _acquire_own(self, name: str) -> _Adapter:
+        """Give an adapter of the model itself a slot, as it is now, for one batch."""
+        assert self._sites is not None
+        parts = []
+        for _, layer in self._sites.layers:
+            vector = next(iter(vectors_of(layer, [name])), None)
+            shape = vector_shape(layer, layer.is_feedforward)
+            parts.append(torch.ones(shape) if vector is None else vector.detach().to("cpu", torch.float32))
+        adapter = _Adapter()
+        adapter.is_listed = False  # the slot is free again after the batch
+        self._enter(adapter, self._fill_slot(torch.cat([part.reshape(-1) for part in parts])))
+        adapter.users = 1
+        return adapter
+
     def _release(self, adapter: _Adapter) -> None:
         assert adapter.slot is not None
         self._fences.note_read(adapter.slot, self._matrices)
@@ -413,7 +442,7 @@ class Lease:
             try:
                 for name in dict.fromkeys(names):
                     if name != BASE_NAME:
-                        held[name] = bank._acquire(name)
+                        held[name] = bank._acquire(name) if name in bank else bank._acquire_own(name)
             except BaseException:
                 for adapter in held.values():
                     bank._release(adapter)
