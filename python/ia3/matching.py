@@ -24,8 +24,8 @@ ALL_LINEAR = "all-linear"
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 # Packed linear layers that do not inherit from nn.Linear; by name, because they come with optional packages.
 _LINEAR_LIKE = frozenset({"GgufLinear"})
-# Layers whose weights their parents read, and which they never call, at least not always: by the parent's class. Kernels
-# for Mamba's kinds take the weights of what follows them too, when they train on GPUs.
+# Layers whose weights their parents read, and which they never call, at least not always: by the parent's class.
+# Mamba's kinds give weights to a kernel that trains on GPUs, the next layers' as well.
 _MAMBA = ("dt_proj", "x_proj", "out_proj")
 _ATTENTION_MAP = ("k_proj",)
 _READ_BY_PARENT = {

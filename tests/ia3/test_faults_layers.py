@@ -1,4 +1,4 @@
-"""Layers that are not quite linear layers, or not called as one: what users' models have, against PEFT and plain torch."""
+"""Layers that are not quite linear layers, or not called as one, against PEFT and plain torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,7 +169,7 @@ def test_a_layer_whose_weight_its_parent_reads_is_refused_by_name_and_left_out_o
 
 
 def test_a_model_of_such_layers_only_has_nothing_for_all_linear() -> None:
-    with pytest.raises(IA3Error, match="all-linear.* no linear layer"):
+    with pytest.raises(IA3Error, match=r"all-linear.* no linear layer"):
         ia3.get_peft_model(_encoder(), ia3.IA3Config(target_modules="all-linear", feedforward_modules=[]))
 
 
@@ -188,7 +187,7 @@ def test_a_weight_that_is_only_looked_at_does_not_stop_an_adapter(name: str) -> 
 class _Twice(nn.Module):
     """Use one linear layer under two names, of which one is a target."""
 
-    def __init__(self, is_quantized: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.left = nn.ModuleDict({"proj": nn.Linear(6, 6)})
         self.right = nn.ModuleDict({"other": self.left["proj"]})

@@ -88,8 +88,8 @@ def _check_enabled(layers: Iterable[NamedLayer]) -> None:
 def _is_plain(base: Any) -> bool:
     """Return whether the rows and columns of a layer's weight are all that its output depends on.
 
-    A subclass counts where it computes what a linear layer does, or runs a convolution's own methods: others may compute
-    their weight.
+    A subclass counts where it computes what a linear layer does, or runs a convolution's own methods: others may
+    compute their weight.
     """
     weight = base._parameters.get("weight")
     if type(weight) not in (nn.Parameter, Tensor) or not runs_class_forward(base):
