@@ -10,50 +10,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Within ia3_kernels a module may import those before it.
-KERNELS_ORDER = (
-    "schemas",
-    "launches",
-    "target",
-    "exact_reference",
-    "reference",
-    "formulas",
-    "routes",
-    "chunks",
-    "triton",
-    "matmul",
-    "tune",
-    "backends",
-    "autograd",
-    "exact",
-    "__init__",
-)
-# Within python/ia3 a module, or a folder, may import those before it. What computes knows no format and no merging.
-IA3_ORDER = (
-    "errors",
-    "files",
-    "config",
-    "probing",
-    "blocks",
-    "matching",
-    "patching",
-    "layers",
-    "mlp",
-    "checkpoint",
-    "interrupts",
-    "merging",
-    "serving",
-    "reporting",
-    "swap",
-    "tuner",
-    "model",
-    "bank",
-    "__init__",
-    "cli",
-    "__main__",
-)
-# A folder of csrc may include those before it.
-CSRC_ORDER = ("include", "core", "cpu", "cuda", "torch")
+
+def _order(package: str) -> tuple[str, ...]:
+    """Return the names of a package in the order of docs/architecture.md: each may import those before it."""
+    block = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    found = re.search(rf"^{package} +((?:.*\n)(?: +.*\n)*)", block, re.MULTILINE)
+    assert found is not None, f"docs/architecture.md has no order for {package}"
+    return tuple(found.group(1).split())
+
+
+KERNELS_ORDER = _order("ia3_kernels")
+IA3_ORDER = _order("ia3")
+CSRC_ORDER = _order("csrc")
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -135,6 +103,27 @@ def test_ia3_uses_the_operators_and_no_kernel_file() -> None:
         for name in _imports(path):
             for hidden in ("ia3_kernels._C", "ia3_kernels.backends.native", "ia3_kernels.autograd", "bench", "tests"):
                 assert not _is_within(name, hidden), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_page_names_every_room_and_no_other() -> None:
+    for folder, order in (("ia3_kernels", KERNELS_ORDER), ("python/ia3", IA3_ORDER), ("csrc", CSRC_ORDER)):
+        there = {
+            path.stem
+            for path in (ROOT / folder).iterdir()
+            if path.suffix == ".py" or (path.is_dir() and path.name != "__pycache__")
+        }
+        assert there - {"backends"} == set(order) - {"backends"}, folder
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert page.count("\n") <= 120, "two screens"
+    names = re.findall(r"`([\w/]+\.(?:py|cpp|h|cu))`", page)
+    sources = [
+        *ROOT.glob("csrc/**/*"),
+        *ROOT.glob("ia3_kernels/**/*"),
+        *ROOT.glob("python/ia3/**/*"),
+        *ROOT.glob("*/*"),
+    ]
+    for name in names:
+        assert any(str(path).endswith("/" + name) for path in (*sources, *ROOT.glob("bench/**/*"))), name
 
 
 def test_nothing_imports_bench() -> None:

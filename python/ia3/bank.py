@@ -438,11 +438,15 @@ class Lease:
     def rows(self, names: Sequence[str]) -> list[int]:
         """The slots of these adapters, which are held now in place of those before; all of them or an error."""
         bank, held = self._bank, dict[str, _Adapter]()
+
+        def is_listed(name: str) -> bool:
+            return name in bank or name not in bank._tuner.peft_config
+
         with bank._lock:
             try:
                 for name in dict.fromkeys(names):
                     if name != BASE_NAME:
-                        held[name] = bank._acquire(name) if name in bank else bank._acquire_own(name)
+                        held[name] = bank._acquire(name) if is_listed(name) else bank._acquire_own(name)
             except BaseException:
                 for adapter in held.values():
                     bank._release(adapter)

@@ -256,7 +256,7 @@ def open_source(tuner: Any, names: Sequence[str]) -> Source:
     if in_model and torch.is_grad_enabled() and any(_is_trained(sites, name) for name in in_model):
         raise IA3Error(
             f"{in_bank[0]!r} is in the bank and {in_model[0]!r} is an adapter of the model that is trained, and "
-            "gradients do not reach it beside a bank's; run the batch under torch.no_grad(), or without the bank's adapters."
+            "gradients do not reach it beside a bank's; run the batch under torch.no_grad(), or without the bank's."
         )
     source: Source = bank.lease(sites)
     return source
