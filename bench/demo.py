@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from ia3 import IA3Config, IA3Model, TaskType, get_peft_model
 from ia3.cli import checkpoints, data
 from ia3.cli.finetune import LOSS_CURVE, training_bar
-from ia3.cli.generation import Sampling, generate
+from ia3.cli.generation import generate
 from ia3.cli.plot import loss_curve
 from ia3.cli.training import fit
 from ia3.errors import IA3Error
@@ -54,7 +54,7 @@ BLOCK_SIZE = 256
 BATCH_SIZE = 4
 HELD_OUT = 0.05
 PROMPT_TOKENS = 16  # of the first held-out topic
-SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.2)
+SAMPLING = {"max_new_tokens": 48, "repetition_penalty": 1.2, "do_sample": False}
 IMPLEMENTATIONS = {"ours": "ours", "peft": "PEFT", "frozen_base": "frozen base"}
 # The two run the same fp32 arithmetic in another order; a wrong or misread vector moves logits by far more.
 LOGIT_TOLERANCE = 1e-3
@@ -193,7 +193,7 @@ def run(output: Path, steps: int, learning_rate: float, rounds: int, budget: flo
     beginning = corpus.held_out[0]["input_ids"][:PROMPT_TOKENS]
 
     def continuation(model: nn.Module) -> str:
-        [(text, _)] = generate(model, tokenizer, [beginning], SAMPLING)
+        [(text, _)] = generate(model, tokenizer, [beginning], **SAMPLING)
         return text
 
     with console.status("generating before training"):

@@ -25,17 +25,22 @@ from .commands import QUICK, TEXT, finetune, process, sentence
 pytestmark = pytest.mark.usefixtures("command_environment")
 
 
+def losses(metrics: dict[str, Any], name: str) -> list[float]:
+    return [entry[name] for entry in metrics["log"] if name in entry]
+
+
 def test_finetune_writes_adapter_curve_and_metrics(tiny_model: Path, trained: Path) -> None:
     files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.json"}
     assert {path.name for path in trained.iterdir()} == {*files, "checkpoint-10", "checkpoint-12"}
     assert {path.name for path in trained.parent.iterdir()} == {"out", "text.txt"}
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))
-    assert len(metrics["train_loss"]) == 12
-    held_out = metrics["held_out_loss"]
-    assert (held_out[0]["step"], held_out[-1]["step"]) == (0, 12)
-    assert held_out[-1]["loss"] < held_out[0]["loss"]
-    assert held_out[0]["perplexity"] == pytest.approx(math.exp(held_out[0]["loss"]))
+    assert len(losses(metrics, "loss")) == 12
+    held_out = losses(metrics, "eval_loss")
+    steps = [entry["step"] for entry in metrics["log"] if "eval_loss" in entry]
+    assert steps == [0, 3, 6, 9, 12]
+    assert held_out[-1] < held_out[0]
+    assert losses(metrics, "eval_perplexity")[0] == pytest.approx(math.exp(held_out[0]))
     assert metrics["train_tokens"] + metrics["held_out_tokens"] == 32 * (len(TEXT) // 32)
 
 
@@ -93,7 +98,7 @@ def test_pairs_and_adapter_options_reach_the_adapter(tiny_model: Path, tmp_path:
     assert config["init_ia3_weights"] is False
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["trainable_parameters"] == 32 + 64
-    assert metrics["held_out_loss"] == []
+    assert losses(metrics, "eval_loss") == []
 
 
 @pytest.mark.parametrize(
@@ -186,7 +191,7 @@ def test_a_run_that_is_interrupted_goes_on(
     whole, resumed = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "out"))
     assert whole.read_bytes() == resumed.read_bytes()
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "out")]
-    assert metrics[0]["train_loss"] == metrics[1]["train_loss"]
+    assert losses(metrics[0], "loss") == losses(metrics[1], "loss")
 
 
 def test_a_second_signal_ends_the_step(
@@ -261,13 +266,13 @@ def test_the_held_out_loss_is_a_mean_over_tokens(tiny_model: Path, tmp_path: Pat
     """Of batches of unlike lengths too: what each of them weighs is its tokens."""
     rows = [{"prompt": "a", "completion": "b" * (1 if number % 2 else 30)} for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    losses = []
+    found = []
     for batch in (1, 6):
         options = ("--held-out", 0.5, "--batch-size", batch, "--steps", 1)
         assert finetune(tiny_model, tmp_path / "rows.jsonl", tmp_path / str(batch), *options) == 0
         metrics = json.loads((tmp_path / str(batch) / "metrics.json").read_text())
-        losses.append(metrics["held_out_loss"][0]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        found.append(losses(metrics, "eval_loss")[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_four_bits(tiny_model: Path, text: Path, tmp_path: Path) -> None:
@@ -276,7 +281,7 @@ def test_four_bits(tiny_model: Path, text: Path, tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     assert finetune(tmp_path / "model", text, tmp_path / "out", "--load-in-4bit", "--lr", 0.1) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["held_out_loss"][-1]["loss"] < metrics["held_out_loss"][0]["loss"]
+    assert losses(metrics, "eval_loss")[-1] < losses(metrics, "eval_loss")[0]
     assert metrics["parameters"] > metrics["trainable_parameters"]
 
 

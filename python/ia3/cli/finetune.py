@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer import Option
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from .training import Report
 
 LOSS_CURVE, METRICS = "loss.png", "metrics.json"
-COUNT = options.at_least(1)
+MODULES = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
 
 
 def _usage(source: checkpoints.Source) -> str:
@@ -99,10 +98,10 @@ class Finetune:
         False
     )
     random_init: Annotated[bool, Option("--random-init", help="Start at random values instead of ones.")] = False
-    steps: Annotated[int | None, Option(callback=COUNT, help="Optimizer steps; wins over --epochs.")] = None
+    steps: Annotated[int | None, Option(min=1, help="Optimizer steps; wins over --epochs.")] = None
     epochs: Annotated[float, Option(callback=options.positive, help="Passes over the data.")] = 3.0
-    batch_size: Annotated[int, Option(callback=COUNT, help="Sequences in a batch.")] = 4
-    block_size: Annotated[int, Option(callback=options.at_least(2), help="Tokens in a sequence, at most.")] = 256
+    batch_size: Annotated[int, Option(min=1, help="Sequences in a batch.")] = 4
+    block_size: Annotated[int, Option(min=2, help="Tokens in a sequence, at most.")] = 256
     learning_rate: Annotated[
         float, Option("--learning-rate", "--lr", callback=options.positive, help="The optimizer's: AdamW's.")
     ] = 1e-2
@@ -149,16 +148,9 @@ class Finetune:
             )
             checkpoints.check_length(base, self.block_size, "--block-size")
             transformers.set_seed(self.seed)  # for vectors that do not start at one
-            adapter = IA3Config(
-                task_type=TaskType.CAUSAL_LM,
-                target_modules=_modules(self.target_modules),
-                feedforward_modules=_modules(self.feedforward_modules),
-                exclude_modules=_modules(self.exclude_modules),
-                modules_to_save=list(_modules(self.modules_to_save) or ()) or None,
-                fan_in_fan_out=self.fan_in_fan_out,
-                init_ia3_weights=not self.random_init,
-            )
-            model = get_peft_model(base, adapter)
+            names: dict[str, Any] = {name: _modules(getattr(self, name)) for name in MODULES}
+            flags: dict[str, Any] = {"fan_in_fan_out": self.fan_in_fan_out, "init_ia3_weights": not self.random_init}
+            model = get_peft_model(base, IA3Config(task_type=TaskType.CAUSAL_LM, **names, **flags))
         if self.resume:
             checkpoints.warn_if_merged(base, self.output)
         batch = self.batch_size * settings.get("gradient_accumulation_steps", 1)
@@ -183,7 +175,7 @@ class Finetune:
     ) -> None:
         from .plot import loss_curve
 
-        metrics = _metrics(self, model, corpus, log, str(dtype).removeprefix("torch."))
+        metrics = _metrics(self, model, corpus, log) | {"dtype": str(dtype).removeprefix("torch.")}
         subtitle = f"{self.data.name}, {metrics['trainable_parameters']:,} trained parameters, {metrics['dtype']}"
         picture = loss_curve(log, f"IA3 on {source.path.name}", subtitle)
         with atomic_folder(self.output) as folder:
@@ -214,84 +206,63 @@ def check_output(output: Path, resume: bool = False) -> None:
 
 @contextmanager
 def training_bar(console: Console) -> Iterator[Report]:
-    """Show a progress bar, or where nobody watches a line a step (a second apart), and yield what steps report to."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    first: tuple[int, float] | None = None
-    last = 0.0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None, loss="-")
+    """Show how far training is, or where nobody watches print a line a step (a second apart); yield what tells it."""
+    begun: tuple[int, float] | None = None
+    shown = 0.0
+    with console.status("training") as status:
 
         def report(done: int, total: int, loss: float) -> None:
-            nonlocal first, last
-            progress.update(task, completed=done, total=total, loss=f"{loss:.3f}")
+            nonlocal begun, shown
             now = time.monotonic()
-            first = first or (done, now)
-            if console.is_terminal or (now - last < 1 and done < total):
-                return
-            last = now
-            left = ""
-            if done > first[0]:
-                seconds = (now - first[1]) / (done - first[0])
-                left = f", {seconds:.2f} s a step, {timedelta(seconds=round(seconds * (total - done)))} left"
-            console.print(f"step {done}/{total}, loss {loss:.3f}{left}", highlight=False)
+            begun = begun or (done, now)
+            line = f"step {done}/{total}, loss {loss:.3f}"
+            if done > begun[0]:
+                pace = (now - begun[1]) / (done - begun[0])
+                line += f", {pace:.2f} s a step, {timedelta(seconds=round(pace * (total - done)))} left"
+            if console.is_terminal:
+                status.update(line)
+            elif now - shown >= 1 or done == total:
+                shown = now
+                console.print(line, highlight=False)
 
         yield report
 
 
-def _metrics(
-    job: Finetune, model: Any, corpus: reading.Corpus, log: list[dict[str, Any]], dtype: str
-) -> dict[str, Any]:
+def _metrics(job: Finetune, model: Any, corpus: reading.Corpus, log: list[dict[str, Any]]) -> dict[str, Any]:
     from ia3_kernels import target
 
-    from .training import perplexity
-
     trainable, parameters = model.get_nb_trainable_parameters()
-    seconds = [entry["seconds"] for entry in log if "loss" in entry and entry["seconds"] is not None]
-    given = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(job).items() if name != "context"
-    }
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(job).items()}
     return given | {
-        "trainer": job.context.args,
-        "dtype": dtype,
+        "context": job.context.args,  # for the Trainer
         "format": corpus.kind,  # `ia3 generate` prompts an adapter as it was trained
         "trainable_parameters": trainable,
         "parameters": parameters,
-        "train_sequences": len(corpus.train),
         "train_tokens": corpus.tokens("train"),
-        "held_out_sequences": len(corpus.held_out),
         "held_out_tokens": corpus.tokens("held_out"),
         "sequences_cut": corpus.cut,
-        "train_loss": [entry["loss"] for entry in log if "loss" in entry],
-        "held_out_loss": [
-            {"step": entry["step"], "loss": entry["eval_loss"], "perplexity": perplexity(entry["eval_loss"])}
-            for entry in log
-            if "eval_loss" in entry
-        ],
-        "median_step_seconds": statistics.median(seconds) if seconds else None,  # of this run, if it was resumed
+        "log": log,
         "versions": {package: target.version(package) for package in ("torch", "transformers", "ia3-kernels")},
     }
 
 
 def _summary(job: Finetune, metrics: dict[str, Any]) -> Table:
+    log = metrics["log"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    perplexities = [entry["eval_perplexity"] for entry in log if "eval_perplexity" in entry]
+    seconds = [entry["seconds"] for entry in log if "loss" in entry and entry["seconds"]]  # of this run, if resumed
     table = Table(title="IA3 fine-tune", show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # a path stays whole
-    held_out, losses, pace = metrics["held_out_loss"], metrics["train_loss"], metrics["median_step_seconds"]
     table.add_row("trained", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters")
     table.add_row("data", f"{metrics['train_tokens']:,} tokens, {metrics['held_out_tokens']:,} held out")
     if metrics["sequences_cut"]:
         table.add_row("cut to the block size", f"{metrics['sequences_cut']:,} sequences")
-    if held_out:
-        first, last = held_out[0], held_out[-1]
-        table.add_row("held-out loss", f"{first['loss']:.4f} -> {last['loss']:.4f}")
-        table.add_row("perplexity", f"{first['perplexity']:.2f} -> {last['perplexity']:.2f}")
-    table.add_row("training loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}")
-    table.add_row("steps", f"{len(losses)}{f', {pace:.3f} s each' if pace else ''}, {metrics['dtype']}")
+    for name, values in (("held-out loss", held_out), ("perplexity", perplexities), ("training loss", losses)):
+        if values:
+            table.add_row(name, f"{values[0]:.4f} -> {values[-1]:.4f}")
+    pace = f", {statistics.median(seconds):.3f} s each" if seconds else ""
+    table.add_row("steps", f"{len(losses)}{pace}, {metrics['dtype']}")
     table.add_row("written", escape(f"{job.output} (adapter, {LOSS_CURVE}, {METRICS})"))
     return table

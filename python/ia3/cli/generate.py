@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -20,7 +21,8 @@ from typer import Option
 from ..errors import IA3Error
 from . import checkpoints, options, output, requests
 from .boundary import USER_ERROR
-from .generation import Sampling, encode, generate
+from .finetune import METRICS
+from .generation import encode, generate
 from .requests import BASE_NAME, Request
 
 # Adapters that have a slot at a time; more wait in host memory.
@@ -55,8 +57,8 @@ class Generate:
         Path | None,
         Option("--output", "-o", metavar="FILE", help="Where answers to --requests go, as they come. Default: stdout."),
     ] = None
-    batch_size: Annotated[int, Option(callback=options.at_least(1), help="Requests that run together.")] = 32
-    max_new_tokens: Annotated[int, Option(callback=options.at_least(1), help="Tokens to write, at most.")] = 64
+    batch_size: Annotated[int, Option(min=1, help="Requests that run together.")] = 32
+    max_new_tokens: Annotated[int, Option(min=1, help="Tokens to write, at most.")] = 64
     stop: Annotated[
         list[str] | None, Option(metavar="TEXT", help="Text to stop before; may be given several times.")
     ] = None
@@ -67,9 +69,7 @@ class Generate:
         float,
         Option(callback=options.between(0, 1, open_low=True), help="Sample from the likeliest tokens of this mass."),
     ] = 1.0
-    top_k: Annotated[
-        int, Option(callback=options.at_least(0), help="Sample from that many of the likeliest tokens; 0 for all.")
-    ] = 0
+    top_k: Annotated[int, Option(min=0, help="Sample from that many of the likeliest tokens; 0 for all.")] = 0
     repetition_penalty: Annotated[
         float, Option(callback=options.positive, help="Above 1 holds back tokens that were there already.")
     ] = 1.0
@@ -126,20 +126,18 @@ class Generate:
         return 0
 
     @property
-    def sampling(self) -> Sampling:
-        """Return how to choose tokens."""
-        numbers = (self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed)
-        return Sampling(*numbers, tuple(self.stop or ()))
+    def sampling(self) -> dict[str, Any]:
+        """Return how to choose tokens, for transformers' `generate`."""
+        chosen: dict[str, Any] = {"repetition_penalty": self.repetition_penalty, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"seed": self.seed} | chosen
 
     def _is_chat(self, tokenizer: Any, adapter: Path | None) -> bool:
         """Return whether to prompt through the template: as was asked for, or as the adapter was trained."""
-        if self.chat is not None or not tokenizer.chat_template:
-            return bool(self.chat)
-        try:
-            metrics = json.loads(((adapter or Path()) / "metrics.json").read_text("utf-8")) if adapter else {}
-            return bool(metrics.get("format", "messages") == "messages")
-        except (OSError, ValueError, AttributeError):  # not written by `ia3 finetune`
-            return True
+        if self.chat is not None:
+            return self.chat
+        return bool(tokenizer.chat_template) and not (adapter and _is_of_plain_text(adapter))
 
     def _continue(self, prompts: list[str], model: Any, tokenizer: Any) -> None:
         """Write each prompt (unless echo is off) and its continuation to stdout, a line between two prompts."""
@@ -149,15 +147,16 @@ class Generate:
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # what the terminal cannot show
         is_chat = self._is_chat(tokenizer, self.adapter)
         echo = not is_chat if self.echo is None else self.echo
-        for number, prompt in enumerate(prompts):
-            tokens = encode(tokenizer, prompt, is_chat)
-            checkpoints.check_length(model, len(tokens) + self.max_new_tokens, "the prompt with --max-new-tokens")
-            print(
-                "\n" * bool(number) + prompt * echo, end="" if not is_chat else "\n" * (echo + bool(number)), flush=True
-            )
+        encoded = [encode(tokenizer, prompt, is_chat) for prompt in prompts]
+        longest = max(map(len, encoded)) + self.max_new_tokens
+        checkpoints.check_length(model, longest, "the prompt with --max-new-tokens")
+        for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True)):
+            print("\n" * (number > 0) + prompt * echo + "\n" * (echo and is_chat), end="", flush=True)
             # What a stop string cuts off is known at the end only.
             streamer = None if self.stop else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            [(text, _)] = generate(model, tokenizer, [tokens], self.sampling, streamer=streamer)
+            options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop or ()}
+            options |= {"streamer": streamer} | self.sampling
+            [(text, _)] = generate(model, tokenizer, [tokens], **options)
             if streamer is None:
                 print(text)
 
@@ -180,10 +179,10 @@ class Generate:
                     content = requests.decode(raw)
                     if "id" in content:
                         ids[line] = content["id"]
-                    request = requests.parse(content, folders, self.sampling)
+                    request = requests.parse(content, folders, self.max_new_tokens, self.stop or ())
                     folder = folders[request.adapter] if request.adapter else self.adapter
                     tokens = encode(tokenizer, request.prompt, self._is_chat(tokenizer, folder))
-                    length = len(tokens) + request.sampling.max_new_tokens
+                    length = len(tokens) + request.max_new_tokens
                     checkpoints.check_length(model, length, "its prompt with max_new_tokens")
                 except IA3Error as error:
                     answer(line, error=str(error))
@@ -201,7 +200,7 @@ class Generate:
             with Progress(*columns, console=stderr) as progress:
                 task = progress.add_task("", total=len(wanted))
                 for batch in _batches(wanted, self):
-                    for line, result in _run(model, tokenizer, wanted, batch, known):
+                    for line, result in _run(model, tokenizer, wanted, batch, known, self.sampling):
                         if isinstance(result, str):
                             answer(line, error=result)
                         else:
@@ -214,6 +213,15 @@ class Generate:
         if errors:
             stderr.print(f"{errors} of {len(lines)} requests failed; their lines say why.", style="bold yellow")
         return USER_ERROR if errors else 0
+
+
+@functools.cache
+def _is_of_plain_text(adapter: Path) -> bool:
+    """Return whether `ia3 finetune` says that it trained this adapter on texts or pairs as they are."""
+    try:
+        return bool(json.loads((adapter / METRICS).read_text("utf-8"))["format"] != "messages")
+    except (OSError, ValueError, KeyError, TypeError):  # not written by `ia3 finetune`
+        return False
 
 
 def _piped() -> list[str]:
@@ -286,7 +294,7 @@ def _batches(wanted: _Wanted, job: Generate) -> Iterator[list[int]]:
 
     def group(line: int) -> tuple[Any, ...]:
         request, tokens = wanted[line]
-        return request.sampling.max_new_tokens, request.sampling.stop, len(tokens) if is_exact else 0
+        return request.max_new_tokens, request.stop, len(tokens) if is_exact else 0
 
     order = sorted(wanted, key=lambda line: (*group(line), len(wanted[line][1])))
     for _, members in groupby(order, group):
@@ -295,20 +303,15 @@ def _batches(wanted: _Wanted, job: Generate) -> Iterator[list[int]]:
 
 
 def _run(
-    model: Any, tokenizer: Any, wanted: _Wanted, batch: list[int], known: Mapping[str, str]
+    model: Any, tokenizer: Any, wanted: _Wanted, batch: list[int], known: Mapping[str, str], sampling: dict[str, Any]
 ) -> Iterable[tuple[int, tuple[str, int] | str]]:
     """Return each line's text and count of tokens, or its error: a batch that fails runs again, one by one."""
-    chosen = [known.get(wanted[line][0].adapter or "", BASE_NAME) for line in batch]
+    first, prompts = wanted[batch[0]][0], [wanted[line][1] for line in batch]
+    named = {"adapter_names": [known.get(wanted[line][0].adapter or "", BASE_NAME) for line in batch]} if known else {}
+    options: dict[str, Any] = {"max_new_tokens": first.max_new_tokens, "stop": first.stop, **sampling, **named}
     try:
-        results = generate(
-            model,
-            tokenizer,
-            [wanted[line][1] for line in batch],
-            wanted[batch[0]][0].sampling,
-            **({"adapter_names": chosen} if known else {}),
-        )
+        return list(zip(batch, generate(model, tokenizer, prompts, **options), strict=True))
     except Exception as error:  # of whatever kind: the other requests are not to blame
-        if len(batch) > 1:
-            return [each for line in batch for each in _run(model, tokenizer, wanted, [line], known)]
-        return [(batch[0], f"{type(error).__name__}: {str(error)[:200]}")]
-    return list(zip(batch, results, strict=True))
+        if len(batch) == 1:
+            return [(batch[0], f"{type(error).__name__}: {str(error)[:200]}")]
+    return [each for line in batch for each in _run(model, tokenizer, wanted, [line], known, sampling)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import IA3Error
 from .data import check_messages, parse_json
-from .generation import Sampling
 
 BASE_NAME = "__base__"
 FIELDS = ("id", "prompt", "messages", "adapter", "max_new_tokens", "stop")
@@ -22,7 +21,8 @@ class Request:
 
     prompt: str | list[dict[str, Any]]
     adapter: str | None
-    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...]
 
 
 def read(path: Path) -> list[tuple[int, bytes]]:
@@ -53,11 +53,11 @@ def decode(line: bytes) -> dict[str, Any]:
     return content
 
 
-def parse(content: dict[str, Any], adapters: Collection[str], sampling: Sampling) -> Request:
+def parse(content: dict[str, Any], adapters: Collection[str], max_new_tokens: int, stop: Sequence[str]) -> Request:
     """Return one request. Raises IA3Error with what is wrong with it.
 
     adapters: the names there are; a request without one, or with `__base__`, is for the base model.
-    sampling: for what a request says nothing else about.
+    max_new_tokens, stop: for a request that says nothing else.
     """
     unknown = sorted(content.keys() - set(FIELDS))
     if unknown:
@@ -74,11 +74,11 @@ def parse(content: dict[str, Any], adapters: Collection[str], sampling: Sampling
     if adapter is not None and (not isinstance(adapter, str) or adapter not in adapters):
         expected = f"the name of one of the {len(adapters)} in --adapters" if adapters else "none without --adapters"
         raise IA3Error(f"its adapter is {str(adapter)[:200]!r}; expected {expected}.")
-    count = content.get("max_new_tokens", sampling.max_new_tokens)
+    count = content.get("max_new_tokens", max_new_tokens)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise IA3Error(f"its max_new_tokens is {str(count)[:200]}; expected a number above 0.")
-    stop = content.get("stop", sampling.stop)
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
-        raise IA3Error(f"its stop is {str(stop)[:200]!r}; expected a text, or a list of them.")
-    return Request(prompt, adapter, replace(sampling, max_new_tokens=count, stop=tuple(stop)))
+    ends = content.get("stop", stop)
+    ends = [ends] if isinstance(ends, str) else ends
+    if not isinstance(ends, (list, tuple)) or not all(isinstance(text, str) and text for text in ends):
+        raise IA3Error(f"its stop is {str(ends)[:200]!r}; expected a text, or a list of them.")
+    return Request(prompt, adapter, count, tuple(ends))
