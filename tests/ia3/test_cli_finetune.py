@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gguf
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+import transformers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
 from ia3 import AutoPeftModelForCausalLM
@@ -218,6 +220,10 @@ def test_a_full_disk_at_the_end_costs_the_end_alone(
     sentence(capsys, command, code=1)
     monkeypatch.undo()
     monkeypatch.setattr(training.Watch, "on_step_begin", full)  # no step is left to do
+    for name, state in (("checkpoint-7", '{"global_step": '), ("checkpoint-8", None)):  # cut short
+        (tmp_path / "out" / name).mkdir()
+        if state is not None:
+            (tmp_path / "out" / name / "trainer_state.json").write_text(state)
     assert main([*map(str, command), "--resume"]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
@@ -349,3 +355,42 @@ def test_the_curve_has_a_mean_where_it_does_not_mislead(
     for mean in means:  # of a straight line: the line itself, without a lag
         steps_of, losses = mean.get_data()
         assert losses == pytest.approx(3.0 - (steps_of - 0.5) / steps, abs=0.01)
+
+
+def test_the_adapter_of_a_gguf_file_names_it(
+    tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its folder, which `from_pretrained` wants, and by its name in the card. Its tokenizer is none of this test."""
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    file = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    config = base.config
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(config.hidden_size)
+    file.add_block_count(config.num_hidden_layers)
+    file.add_feed_forward_length(config.intermediate_size)
+    file.add_head_count(config.num_attention_heads)
+    file.add_head_count_kv(config.num_key_value_heads)
+    file.add_layer_norm_rms_eps(config.rms_norm_eps)
+    file.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in base.state_dict().items():
+        file.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", tensor.numpy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.chdir(tmp_path)
+    assert finetune(Path("m.gguf"), text, tmp_path / "out", "--lr", 0.1) == 0
+    assert f"base_model: {tmp_path}\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert 'from_pretrained("path/to/this/folder", gguf_file="m.gguf")' in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.chdir("/")
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        theirs, ours = (
+            kind.from_pretrained(str(tmp_path / "out"), gguf_file="m.gguf", dtype=torch.float32)(tokens).logits
+            for kind in (peft.AutoPeftModelForCausalLM, AutoPeftModelForCausalLM)
+        )
+    torch.testing.assert_close(ours, theirs)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ia3.cli.finetune import check_output
 from ia3.cli.output import check_file, json_lines
 from ia3.errors import IA3Error
 
@@ -73,6 +74,8 @@ def test_somebody_elses_link_where_all_may_write_is_refused(tmp_path: Path) -> N
     with pytest.raises(IA3Error, match="a link that somebody else made"):
         write(tmp_path / "link")
     assert (tmp_path / "target").read_text() == "before"
+    with pytest.raises(IA3Error, match="a link that somebody else made"):
+        check_output(tmp_path / "link")
 
 
 def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import ia3
-from ia3.cli import generate, main
+from ia3.cli import answers as answering
+from ia3.cli import main
 
 from .commands import TEMPLATE, process
 
@@ -161,14 +162,14 @@ def test_a_bad_request_gets_its_own_error(
 def test_a_request_that_fails_in_its_batch_loses_no_other(
     capfd: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = generate.generate
+    run = answering.generate
 
     def failing(model: Any, tokenizer: Any, prompts: Any, *arguments: Any, **more: Any) -> Any:
         if any(tokenizer.decode(tokens) == "bad" for tokens in prompts):
             raise RuntimeError("probability tensor contains nan")
         return run(model, tokenizer, prompts, *arguments, **more)
 
-    monkeypatch.setattr(generate, "generate", failing)
+    monkeypatch.setattr(answering, "generate", failing)
     requests = [{"prompt": prompt, "id": number} for number, prompt in enumerate(("one", "bad", "two"))]
     code, found = answers(capfd, tiny_model, tmp_path / "requests.jsonl", requests)
     assert code == 2
@@ -218,7 +219,7 @@ def test_answers_are_written_as_they_come(
 ) -> None:
     """What is answered is in the file when the next batch begins; whatever ends the run there takes none of it."""
     file = tmp_path / "answers.jsonl"
-    run = generate.generate
+    run = answering.generate
     seen: list[int] = []
 
     def watched(*arguments: Any, **more: Any) -> Any:
@@ -227,7 +228,7 @@ def test_answers_are_written_as_they_come(
             raise KeyboardInterrupt
         return run(*arguments, **more)
 
-    monkeypatch.setattr(generate, "generate", watched)
+    monkeypatch.setattr(answering, "generate", watched)
     requests: list[Any] = [b"{", *({"prompt": "a"} for _ in range(3))]
     code, _ = answers(capfd, tiny_model, tmp_path / "requests.jsonl", requests, "-o", file, "--batch-size", 1)
     assert code == 130

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -226,6 +225,8 @@ def prepare(
     What is kept apart is chosen by `seed`: whole texts, pairs or chats; of a single text, its end. The tokens that do
     not fill a last block are dropped. Raises IA3Error if either part comes out empty.
     """
+    from random import Random
+
     kind = kind_of(rows[0])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if kind == "text":
@@ -237,7 +238,7 @@ def prepare(
         make = _chat if kind == "messages" else _pair
         whole = [_sequence(make(row, tokenizer, end)) for row in rows]
         sequences = [_cut(sequence, block_size) for sequence in whole]
-        random.Random(seed).shuffle(sequences)
+        Random(seed).shuffle(sequences)
         kept = max(1, round(held_out * len(sequences))) if held_out else 0
         cut = sum(len(sequence["input_ids"]) > block_size for sequence in whole)
         corpus = Corpus(kind, sequences[kept:], sequences[:kept], cut)
@@ -256,6 +257,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = 
 
 
 def _blocks_of(documents: list[list[int]], block_size: int, held_out: float, seed: int) -> Corpus:
+    from random import Random
+
     total = sum(map(len, documents))
     if not held_out:
         train, kept = documents, []
@@ -267,7 +270,7 @@ def _blocks_of(documents: list[list[int]], block_size: int, held_out: float, see
         # Whole documents in a random order until they hold enough tokens; one that would overshoot by half is passed.
         target = max(held_out * total, block_size)
         order = list(range(len(documents)))
-        random.Random(seed).shuffle(order)
+        Random(seed).shuffle(order)
         apart: set[int] = set()
         tokens = 0
         for index in order:

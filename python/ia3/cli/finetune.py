@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer import Option
 
 from ..errors import IA3Error
 from ..files import atomic_folder
-from . import checkpoints, options
-from . import data as reading
-from .output import check_parent
+from . import options
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from . import checkpoints
+    from . import data as reading
     from .training import Report
 
 LOSS_CURVE, METRICS = "loss.png", "metrics.json"
@@ -98,10 +98,12 @@ class Finetune:
         False
     )
     random_init: Annotated[bool, Option("--random-init", help="Start at random values instead of ones.")] = False
-    steps: Annotated[int | None, Option(min=1, help="Optimizer steps; wins over --epochs.")] = None
+    steps: Annotated[int | None, Option(callback=options.at_least(1), help="Optimizer steps; wins over --epochs.")] = (
+        None
+    )
     epochs: Annotated[float, Option(callback=options.positive, help="Passes over the data.")] = 3.0
-    batch_size: Annotated[int, Option(min=1, help="Sequences in a batch.")] = 4
-    block_size: Annotated[int, Option(min=2, help="Tokens in a sequence, at most.")] = 256
+    batch_size: Annotated[int, Option(callback=options.at_least(1), help="Sequences in a batch.")] = 4
+    block_size: Annotated[int, Option(callback=options.at_least(2), help="Tokens in a sequence, at most.")] = 256
     learning_rate: Annotated[
         float, Option("--learning-rate", "--lr", callback=options.positive, help="The optimizer's: AdamW's.")
     ] = 1e-2
@@ -116,6 +118,9 @@ class Finetune:
 
     def run(self) -> None:
         """Train, and write what came of it; until then the output folder holds checkpoints."""
+        from . import checkpoints
+        from . import data as reading
+
         # What is cheap to check comes first: the imports and the model take many seconds.
         source = checkpoints.locate(self.model)
         check_output(self.output, self.resume)
@@ -192,6 +197,9 @@ class Finetune:
 
 def check_output(output: Path, resume: bool = False) -> None:
     """Raise IA3Error if `output` cannot become a new folder, or is none with what an earlier run left to resume."""
+    from .output import check_parent, follow
+
+    output = follow(output)
     is_there = output.is_dir() and any(output.iterdir())
     if is_there and not resume:
         has_some = any(output.glob("checkpoint-*"))
@@ -247,6 +255,10 @@ def _metrics(job: Finetune, model: Any, corpus: reading.Corpus, log: list[dict[s
 
 
 def _summary(job: Finetune, metrics: dict[str, Any]) -> Table:
+    from statistics import median
+
+    from rich.table import Table
+
     log = metrics["log"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
@@ -262,7 +274,7 @@ def _summary(job: Finetune, metrics: dict[str, Any]) -> Table:
     for name, values in (("held-out loss", held_out), ("perplexity", perplexities), ("training loss", losses)):
         if values:
             table.add_row(name, f"{values[0]:.4f} -> {values[-1]:.4f}")
-    pace = f", {statistics.median(seconds):.3f} s each" if seconds else ""
+    pace = f", {median(seconds):.3f} s each" if seconds else ""
     table.add_row("steps", f"{len(losses)}{pace}, {metrics['dtype']}")
     table.add_row("written", escape(f"{job.output} (adapter, {LOSS_CURVE}, {METRICS})"))
     return table

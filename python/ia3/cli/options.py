@@ -25,6 +25,17 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
+def at_least(minimum: int) -> Callable[[int | None], int | None]:
+    """Return a check that a number, where one is given, is not below `minimum`."""
+
+    def check(value: int | None) -> int | None:
+        if value is not None and value < minimum:
+            raise typer.BadParameter(f"{value} is below {minimum}")
+        return value
+
+    return check
+
+
 def between(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[float], float]:
     """Return a check that a number lies between `low` and `high`, themselves left out where they are open."""
 

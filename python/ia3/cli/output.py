@@ -24,17 +24,23 @@ def check_parent(path: Path) -> None:
         raise IA3Error(f"the output {path} cannot be made: {parent} may not be written to.")
 
 
-def check_file(path: Path) -> Path:
-    """Return where a file at `path` is to be written: itself, or where the user's own link leads. Raises IA3Error.
+def follow(path: Path) -> Path:
+    """Return where a link leads, or `path` itself. Raises IA3Error for somebody else's link.
 
     A link in a folder where everybody may write (`/tmp`) counts only if it is the user's or the folder owner's: Linux's
     own rule, kept where Linux was told not to.
     """
-    if path.is_symlink():
-        folder, link = path.absolute().parent.stat(), path.lstat()
-        if folder.st_mode & stat.S_IWOTH and link.st_uid not in (os.geteuid(), folder.st_uid):
-            raise IA3Error(f"the output {path} is a link that somebody else made; name another file.")
-        path = path.resolve()
+    if not path.is_symlink():
+        return path
+    folder, link = path.absolute().parent.stat(), path.lstat()
+    if folder.st_mode & stat.S_IWOTH and link.st_uid not in (os.geteuid(), folder.st_uid):
+        raise IA3Error(f"the output {path} is a link that somebody else made; choose another name.")
+    return path.resolve()
+
+
+def check_file(path: Path) -> Path:
+    """Return where a file at `path` is to be written: there, or where the user's own link leads. Raises IA3Error."""
+    path = follow(path)
     if path.is_dir():
         raise IA3Error(f"the output {path} is a folder; name a file.")
     if not path.exists() or path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import signal
 import time
@@ -22,7 +23,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import IA3Error
 from .boundary import Stopped, say
@@ -82,7 +82,7 @@ def fit(
         "disable_tqdm": True,
     }
     use_cache = model.config.use_cache
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    last, state = _last_checkpoint(folder) if resume else (None, None)
     try:
         training = TrainingArguments(**(defaults | arguments), eval_on_start=bool(corpus.held_out) and last is None)
         watch = Watch(report)
@@ -98,8 +98,7 @@ def fit(
         raise IA3Error(f"transformers' Trainer refuses its options: {str(error)[:300]}") from error
     trainer.remove_callback(PrinterCallback)
     try:
-        state = TrainerState.load_from_json(str(Path(last, "trainer_state.json"))) if last else trainer.state
-        if last and state.global_step >= steps:  # the Trainer would do one more
+        if state and state.global_step >= steps:  # the Trainer would do one more
             model.load_adapter(last, "default")
             trainer.state = state
         else:
@@ -111,6 +110,15 @@ def fit(
         model.config.use_cache = use_cache  # the Trainer turned it off
         model.eval()
     return [entry | {"seconds": watch.seconds.get(entry["step"])} for entry in trainer.state.log_history]
+
+
+def _last_checkpoint(folder: Path) -> tuple[str | None, TrainerState | None]:
+    """Return the newest checkpoint that is whole, and its state, which the Trainer writes last."""
+    found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    for _, path in sorted(found.items(), reverse=True):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return str(path), TrainerState.load_from_json(str(path / "trainer_state.json"))
+    return None, None
 
 
 class _Trainer(Trainer):
@@ -170,7 +178,7 @@ class Watch(TrainerCallback):
         if self.signal:
             raise Stopped(number, "nothing of this step was kept.")
         self.signal = number
-        say("Interrupted", "finishing the step, to keep what was learned; once more to stop at once.")
+        say("Interrupted", "finishing the step; once more to stop at once.")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.perf_counter()
@@ -179,7 +187,8 @@ class Watch(TrainerCallback):
         self.seconds[state.global_step] = time.perf_counter() - self.started
         if self.signal:
             control.should_evaluate = False
-            control.should_save = control.should_training_stop = args.save_strategy != "no"
+            control.should_save = args.save_strategy != "no"
+            control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], model: Any, **_: Any) -> None:
         step = state.global_step
@@ -195,7 +204,8 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.signal:
-            raise Stopped(self.signal, f"step {state.global_step} is kept; the same command with --resume goes on.")
+            kept = "is kept; the same command with --resume goes on." if args.save_strategy != "no" else "was the last."
+            raise Stopped(self.signal, f"step {state.global_step} {kept}")
 
 
 def _not_finite(what: str, value: float, step: int) -> str:
