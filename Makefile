@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Twice quiet: warnings about package registries are hundreds of lines, errors stay.
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml
@@ -11,13 +13,13 @@ NATIVE_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml
 # The environment, then the package: built in place, against the torch that is installed.
 $(VENV)/.installed: requirements-dev.txt requirements-no-deps.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-no-deps.txt
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --requirement requirements-dev.txt
+	$(INSTALL) --no-deps --requirement requirements-no-deps.txt
 	touch $@
 
 $(READY): $(VENV)/.installed $(NATIVE_INPUTS)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --no-deps --editable .
 	touch $@
 
 build: $(READY)

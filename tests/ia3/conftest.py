@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,3 +192,42 @@ def snapshot() -> Callable[[nn.Module], Any]:
         )
 
     return take
+
+
+@pytest.fixture
+def command_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` sets these for its process; here they must not outlive the test."""
+    from ia3.cli.app import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file to fine-tune on."""
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `ia3 finetune` leaves, of twelve steps on the tiny model."""
+    from .commands import TEXT, finetune
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert finetune(tiny_model, folder / "text.txt", folder / "out", "--steps", 12, "--lr", 0.1) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a chat template."""
+    from .commands import TEMPLATE
+
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder

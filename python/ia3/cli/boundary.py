@@ -24,6 +24,14 @@ TERMINATED = 143  # 128 + SIGTERM
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work, and a sentence says what it left."""
+
+    def __init__(self, number: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = 128 + number  # as shells report it
+
+
 @dataclass
 class Settings:
     """What the options before the command's name set."""
@@ -32,7 +40,7 @@ class Settings:
 
 
 def say(kind: str, sentence: str) -> None:
-    """Writes one line to stderr: `kind` in colour on a terminal, then the sentence, never wrapped or re-interpreted."""
+    """Write one line to stderr: `kind` in colour on a terminal, then the sentence, never wrapped or re-interpreted."""
     from rich.console import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -42,7 +50,7 @@ def say(kind: str, sentence: str) -> None:
 
 
 def run(command: Callable[[], object], settings: Settings) -> int:
-    """Runs `command` and returns the exit code: an int that it returned, else 0, or what its error asks for."""
+    """Run `command` and returns the exit code: an int that it returned, else 0, or what its error asks for."""
     try:
         with _terminated_cleanly(), _short_warnings():
             result = command()
@@ -50,6 +58,9 @@ def run(command: Callable[[], object], settings: Settings) -> int:
         if str(error):  # without one, typer has shown the help
             say("Error", _usage_sentence(error))
         return USER_ERROR
+    except Stopped as stop:
+        say("Interrupted", str(stop))
+        return stop.code
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED
     except Exception as error:
@@ -59,7 +70,7 @@ def run(command: Callable[[], object], settings: Settings) -> int:
         say("Error", sentence)
         return code
     if result == INTERRUPTED:  # typer may have caught Ctrl-C itself, and returns its code
-        say("Interrupted", "no file was left behind.")
+        say("Interrupted", "the command did not finish.")
     return result if isinstance(result, int) else 0
 
 
@@ -85,7 +96,7 @@ def _usage_sentence(error: Exception) -> str:
 
 @contextmanager
 def _terminated_cleanly() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that half-written folders are removed."""
+    """Let SIGTERM unwind like Ctrl-C, so that half-written folders are removed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)
@@ -103,7 +114,7 @@ def _terminated_cleanly() -> Iterator[None]:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Warnings are one line each, without the source line that raised them."""
+    """Show warnings as one line each, without the source line that raised them."""
 
     def show(
         message: Warning | str,

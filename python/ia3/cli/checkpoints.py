@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import IA3Error
+from .options import AUTO
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .. import IA3Model
 
 GGUF_MAGIC = b"GGUF"
 
@@ -29,25 +30,30 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """What the user named."""
+        """Return the model's place, as one path."""
         return self.folder / self.gguf_file if self.gguf_file else self.folder
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for transformers' `from_pretrained`, which never asks the network."""
-        arguments: dict[str, Any] = {"local_files_only": True}
-        if self.gguf_file:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
+        """Return keyword arguments for transformers' `from_pretrained`, which never asks the network."""
+        return {"local_files_only": True} | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
-def require(package: str, purpose: str) -> None:
-    """Raises IA3Error with what to type if `package`, which only `purpose` needs, is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise IA3Error(f"{purpose} needs {package}, which is not installed; type `pip install {package}`.")
+def require(purpose: str, *packages: str) -> None:
+    """Raise IA3Error with what to type if packages that only `purpose` needs are not installed: all of them at once."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise IA3Error(
+            f"{purpose} needs {', '.join(missing)}, which {verb} not installed; type `pip install {' '.join(missing)}`."
+        )
 
 
 def locate(path: Path) -> Source:
-    """Checks, without loading anything, that `path` looks like a model. Raises IA3Error if not."""
+    """Check, without loading anything, that `path` looks like a model. Raises IA3Error if not.
+
+    The source is absolute: an adapter that is trained on it names its base by it.
+    """
+    path = path.absolute()
     if not path.exists():
         raise IA3Error(f"{path} does not exist; MODEL is a model folder or a .gguf file on this machine.")
     if path.is_dir():
@@ -67,12 +73,11 @@ def locate(path: Path) -> Source:
         raise IA3Error(
             f"{path} is not a GGUF file (it does not begin with 'GGUF'); name a model folder or a .gguf file."
         )
-    require("gguf", "reading a GGUF file")
     return Source(path.parent, path.name)
 
 
 def pick_device(name: str) -> str:
-    """`cuda` or `cpu` for one of DEVICES. Raises IA3Error if CUDA was asked for and is not there."""
+    """Return `cuda` or `cpu` for one of DEVICES. Raises IA3Error if CUDA was asked for and is not there."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -80,38 +85,86 @@ def pick_device(name: str) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """Return the dtype of that name; for `auto` the one that computes fastest on this machine, fp32 or bf16.
+
+    Measured, since neither a processor's name nor its instructions tell it: where bf16 has no instructions, some of
+    torch's bf16 products take nine times as long as in fp32. bf16 takes half the memory, so it wins unless it is
+    clearly slower.
+    """
+    import torch
+
+    from ia3_kernels import scaled_linear
+
+    if name != AUTO:
+        return cast("torch.dtype", getattr(torch, name))
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+    def seconds(dtype: torch.dtype) -> float:
+        # A layer of a small model, and attention, which torch computes: forward and backward, as in a training step.
+        x = torch.ones(256, 768, dtype=dtype, requires_grad=True)
+        weight, scale = torch.ones(768, 768, dtype=dtype), torch.ones(768)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            y = scaled_linear(x, weight, None, None, scale).view(1, 256, 12, 64).transpose(1, 2)
+            torch.nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True).sum().backward()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return torch.float32 if seconds(torch.bfloat16) > 1.25 * seconds(torch.float32) else torch.bfloat16
+
+
 def check_kernels(device: str, dtype: torch.dtype) -> None:
-    """Raises IA3Error if the backend that the environment asks for by name cannot run."""
+    """Raise IA3Error if the backend that the environment asks for by name cannot run."""
     from ia3_kernels import explain
 
     with _sentence("no kernel can run"):
         explain("scaled_linear", device=device, dtype=dtype)
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises IA3Error if there is none, or an empty one."""
-    from transformers import AutoTokenizer
+def load(
+    source: Source, dtype: torch.dtype, device: str, four_bit: bool = False
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the tokenizer and the causal language model at `source`, its weights in `dtype` or in 4 bits.
 
+    A GGUF file's weights are unpacked. Raises IA3Error if they cannot be loaded, lack something or do not fit together.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # Of a GGUF file AutoTokenizer parses everything in Python, 3 s for 50,000 tokens, to learn the name of this class.
+    kind: Any = PreTrainedTokenizerFast if source.gguf_file else AutoTokenizer
     with _sentence(f"the tokenizer of {source.path} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(str(source.folder), **source.arguments())
+        tokenizer: Any = kind.from_pretrained(str(source.folder), **source.arguments())
     if not tokenizer.get_vocab():
         raise IA3Error(
             f"{source.path} has no tokenizer; put its tokenizer.json and tokenizer_config.json beside the weights."
         )
-    return tokenizer
+    if tokenizer.pad_token_id is None:  # any will do, since what it fills is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    model = _load_model(source, dtype, device, four_bit)
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise IA3Error(
+            f"the tokenizer has ids up to {highest:,}, but the model's embedding has {rows:,} rows; "
+            "use the tokenizer that belongs to the model."
+        )
+    return tokenizer, model
 
 
-def load_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """The causal language model at `source` with its parameters in `dtype`, on `device`, in evaluation mode.
-
-    A GGUF file's weights are unpacked. Raises IA3Error if the model cannot be loaded or lacks some of its weights.
-    """
-    from transformers import AutoModelForCausalLM, GgufConfig
+def _load_model(source: Source, dtype: torch.dtype, device: str, four_bit: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
 
     arguments = source.arguments()
     if source.gguf_file:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
-        require("accelerate", "loading a GGUF file")
+    elif four_bit:
+        arguments["device_map"] = {"": device}  # packed weights are made where they stay
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     with _sentence(f"the model {source.path} cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source.folder), dtype=dtype, output_loading_info=True, **arguments
@@ -122,43 +175,33 @@ def load_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> PreTr
         raise IA3Error(
             f"{source.path} lacks {len(missing)} of the model's weights, {missing[0]} among them; get the whole model."
         )
-    model.to(device).eval()
-    return cast("PreTrainedModel", model)
+    return cast("PreTrainedModel", model.eval() if four_bit else model.to(device).eval())
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> IA3Model:
-    """`model` with the adapter in `folder` on it. Raises IA3Error if the adapter is broken or does not fit."""
-    from .. import IA3Model
+def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
+    """Return `model` with the adapter in `folder` on it. Raises IA3Error if the adapter is broken or does not fit."""
+    from .. import PeftModel
 
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise IA3Error(f"the adapter {folder} {what}; --adapter is the folder that `ia3 finetune` or PEFT wrote.")
-    check_kernels(model.device.type, model.dtype)
+    warn_if_merged(model, folder)
     with _sentence(f"the adapter {folder} cannot be loaded"):
-        return IA3Model.from_pretrained(model, str(folder))
+        return PeftModel.from_pretrained(model, str(folder))
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills up short sequences; any will do, since what it fills is masked."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+def warn_if_merged(model: PreTrainedModel, folder: Path) -> None:
+    """Warn if the adapter in `folder` was merged into the model's weights already, as its configuration tells."""
+    from ..checkpoint import read_tensors
+    from ..merging.checkpoint import digest
+
+    merged = getattr(model.config, "ia3_merged_adapters", None)
+    if merged and digest(read_tensors(folder)) in merged:
+        warnings.warn(f"the adapter {folder} is in this model's weights already, so it acts twice.", stacklevel=2)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises IA3Error if the tokenizer has ids that the model has no embedding for."""
-    rows = next(model.get_input_embeddings().parameters()).shape[0]
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
-        raise IA3Error(
-            f"the tokenizer has ids up to {highest:,}, but the model's embedding has {rows:,} rows; "
-            "use the tokenizer that belongs to the model."
-        )
-
-
-def check_length(model: PreTrainedModel | IA3Model, length: int, what: str) -> None:
-    """Raises IA3Error if `length` tokens (`what`, for the message) are more than the model has positions for."""
+def check_length(model: PreTrainedModel, length: int, what: str) -> None:
+    """Raise IA3Error if `length` tokens (`what`, for the message) are more than the model has positions for."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise IA3Error(f"{what} is {length:,} tokens, but the model takes at most {limit:,}; make it shorter.")
@@ -166,11 +209,13 @@ def check_length(model: PreTrainedModel | IA3Model, length: int, what: str) -> N
 
 @contextlib.contextmanager
 def _sentence(problem: str) -> Iterator[None]:
-    """Turns a failure inside into an IA3Error that begins with `problem`: if loading fails, the files are at fault."""
+    """Turn a failure inside into an IA3Error that begins with `problem`: if loading fails, the files are at fault."""
     try:
         yield
     except (IA3Error, MemoryError):
         raise
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise IA3Error(f"{problem}: {first}") from error
+        # Some of transformers' reasons go on after a colon: "from one of:"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(lines[:3] if lines[0].rstrip().endswith(":") else lines[:1])
+        raise IA3Error(f"{problem}: {reason[:300]}") from error

@@ -1,14 +1,16 @@
-"""Training data: reading files, tokenizing, keeping a part apart, and batching.
+"""Training data: reading files of every usual kind, tokenizing, and keeping a part apart.
 
-Two kinds of data exist. Texts are joined, an end-of-text token between them, and cut into blocks of equal length; every
-token is learned. Prompt-and-completion pairs stay one sequence each; only the completion is learned.
+A row is a text (`text`), a `prompt` and its `completion`, or a chat (`messages`). Texts are joined, an end-of-text
+token between them, and cut into blocks of equal length; every token is learned. Of the others each stays one sequence,
+and only completions and the assistant's turns are learned.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,73 +19,91 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IA3Error
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that the loss of transformers skips
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt, which is read, and a completion, which is learned."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sequence: token ids, and for each the label that the loss compares with (the id itself, or IGNORED)."""
-
-    input_ids: list[int]
-    labels: list[int]
+KINDS = {"messages": ("messages",), "pairs": ("prompt", "completion"), "text": ("text",)}  # by their fields
+EXPECTED = "a field 'text', or 'prompt' and 'completion', or 'messages'"
+FILES = "DATA is text, JSON, JSON Lines, CSV, TSV, Parquet, or a folder that `datasets` saved"
+# A row has the fields of its kind, a sequence `input_ids` and `labels`: an id itself where it is learned, or IGNORED.
+Row = dict[str, Any]
+Tokens = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenized data: what is trained on and what is kept apart. `cut` counts pairs that were too long for a block."""
+    """Tokenized data: what is trained on and what is kept apart. `cut` counts rows that were too long for a block."""
 
-    train: list[Example]
-    held_out: list[Example]
+    kind: str
+    train: list[Tokens]
+    held_out: list[Tokens]
     cut: int = 0
 
-    @property
-    def train_tokens(self) -> int:
-        """Tokens in the training part, padding not counted."""
-        return sum(len(example.input_ids) for example in self.train)
-
-    @property
-    def held_out_tokens(self) -> int:
-        """Tokens in the held-out part, padding not counted."""
-        return sum(len(example.input_ids) for example in self.held_out)
+    def tokens(self, part: str) -> int:
+        """Count the tokens in the part `train` or `held_out`, padding left out."""
+        return sum(len(sequence["input_ids"]) for sequence in getattr(self, part))
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_records(path: Path) -> list[str] | list[Pair]:
-    """The texts or pairs of a file: JSON Lines by its suffix (.jsonl, .ndjson, .json), else one UTF-8 text.
+def needs_datasets(path: Path) -> bool:
+    """Return whether the `datasets` library has to read this."""
+    return path.is_dir() or path.suffix.lower() == ".parquet"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file or folder, all of one kind. The suffix decides; what has no known one is a text.
 
     Raises IA3Error, naming the file and where known the line, for whatever keeps it from being read.
     """
+    if not path.exists():
+        raise IA3Error(f"{path} does not exist; {FILES}.")
+    if needs_datasets(path):
+        return _checked((f"{path}, row {number}", row) for number, row in enumerate(_load_dataset(path)))
     text = _read_text(path)
     if not text.strip():
         raise IA3Error(f"{path} is empty; training needs text.")
-    return _parse_json_lines(text, path) if path.suffix.lower() in JSON_SUFFIXES else [text]
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return _checked(_json_document(text, path))
+    if suffix in (".jsonl", ".ndjson"):
+        return _checked(_json_lines(text, path))
+    if suffix in (".csv", ".tsv"):
+        return _checked(_table(text, path, "," if suffix == ".csv" else "\t"))
+    _refuse_disguise(text, path)
+    return [{"text": text}]
+
+
+def _load_dataset(path: Path) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            # streamed: no second copy of it in a cache
+            return list(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise IA3Error(f"{path} cannot be read as a data set ({first[:200]}); {FILES}.") from error
+    if isinstance(found, datasets.Dataset):
+        return found
+    split = "train" if "train" in found else next(iter(found))
+    if split != "train" and len(found) > 1:
+        raise IA3Error(f"{path} has the splits {', '.join(found)}; expected one named train, or a single one.")
+    return found[split]
 
 
 def _read_text(path: Path) -> str:
-    if not path.exists():
-        raise IA3Error(f"{path} does not exist; DATA is a text file or a JSON Lines file.")
     if not path.is_file():
-        raise IA3Error(f"{path} is a folder or a device; DATA is one text file or one JSON Lines file.")
+        raise IA3Error(f"{path} is a device; {FILES}.")
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise IA3Error(f"{path} cannot be read: {error.strerror}.") from error
     if b"\0" in raw:
-        raise IA3Error(f"{path} is not text (it has a zero byte at {raw.index(0)}); DATA is UTF-8 text.")
+        raise IA3Error(f"{path} is not text (it has a zero byte at {raw.index(0)}); {FILES}.")
     try:
         return raw.decode("utf-8-sig")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:
@@ -92,71 +112,143 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _parse_json_lines(text: str, path: Path) -> list[str] | list[Pair]:
-    texts: list[str] = []
-    pairs: list[Pair] = []
+def _json_document(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """One JSON array; what is none is read as JSON Lines, which many name .json as well."""
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(text, path)
+        return
+    for number, record in enumerate(parse_json(text, str(path), "expected an array of objects")):
+        yield f"{path}, item {number}", record
+
+
+def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold what splitlines() splits at
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        record = _parse_object(line, where)
-        if "text" in record:
-            texts.append(_field(record, "text", where))
-        elif "prompt" in record and "completion" in record:
-            pairs.append(Pair(_field(record, "prompt", where), _field(record, "completion", where)))
-        else:
-            found = ", ".join(map(repr, record)) or "none"
-            raise IA3Error(f"{where} needs a field 'text', or 'prompt' and 'completion'; its fields: {found}.")
-        if texts and pairs:
-            raise IA3Error(f"{where} is of another kind than the lines before; use either 'text' or pairs in one file.")
-    return texts or pairs
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where, "expected one object a line")
 
 
-def _parse_object(line: str, where: str) -> dict[str, Any]:
+def parse_json(text: str, where: str, expected: str) -> Any:
+    """Parse JSON of any depth of nonsense. Raises IA3Error with `where` it stood and what was `expected`."""
     try:
-        record = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise IA3Error(
-            f"{where} is not JSON ({error.msg} at column {error.colno}); expected one object a line."
-        ) from error
+        raise IA3Error(f"{where} is not JSON ({error.msg} at column {error.colno}); {expected}.") from error
     except RecursionError as error:
-        raise IA3Error(f"{where} is nested too deeply; expected one flat object a line.") from error
-    if not isinstance(record, dict):
-        raise IA3Error(f"{where} holds a JSON {type(record).__name__}; expected one object a line.")
-    return record
+        raise IA3Error(f"{where} is nested too deeply; {expected}.") from error
 
 
-def _field(record: dict[str, Any], name: str, where: str) -> str:
+def _table(text: str, path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            yield f"{path}, line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
+    except csv.Error as error:
+        raise IA3Error(f"{path} is no table after line {reader.line_num} ({error}); quote its fields.") from error
+
+
+def _refuse_disguise(text: str, path: Path) -> None:
+    """Raise IA3Error for JSON Lines or a table under another name: nobody wants braces and field names learned."""
+    first = text.lstrip().partition("\n")[0].strip()
+    try:
+        is_json = isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        is_json = False
+    columns = [
+        {name.strip().strip('"') for name in first.split(delimiter)} if delimiter in first else set()
+        for delimiter in ",\t"
+    ]
+    is_table = [any(found.issuperset(fields) for fields in KINDS.values()) for found in columns]
+    if is_json or any(is_table):
+        suffix = ".jsonl" if is_json else (".csv", ".tsv")[is_table.index(True)]
+        raise IA3Error(f"{path} looks like a {suffix} file, and would be learned as plain text; name it {suffix}.")
+
+
+def _checked(records: Iterable[tuple[str, Any]]) -> list[Row]:
+    rows: list[Row] = []
+    kind = ""
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise IA3Error(f"{where} holds a JSON {type(record).__name__}; expected an object.")
+        found = kind_of(record)
+        if not found:
+            names = ", ".join(map(repr, record)) or "none"
+            raise IA3Error(f"{where} needs {EXPECTED}; its fields: {names[:200]}.")
+        if kind and found != kind:
+            raise IA3Error(f"{where} is of another kind than those before; give all of them {EXPECTED}.")
+        kind = found
+        rows.append({name: _field(record, name, where) for name in KINDS[kind]})
+    if not rows:
+        raise IA3Error("the data has no rows; training needs some.")
+    return rows
+
+
+def kind_of(record: Row) -> str:
+    """Return the key of KINDS whose fields are there and not null, or an empty string."""
+    names = [name for name, fields in KINDS.items() if all(record.get(field) is not None for field in fields)]
+    if not names:  # a null where a text belongs is told by the field's own check
+        names = [name for name, fields in KINDS.items() if all(field in record for field in fields)]
+    return names[0] if names else ""
+
+
+def _field(record: Row, name: str, where: str) -> Any:
     value = record[name]
+    if name == "messages":
+        return check_messages(value, where)
     if not isinstance(value, str):
         raise IA3Error(f"{where}: '{name}' is a {type(value).__name__}; expected a string.")
     if not value.strip() and name != "prompt":
-        raise IA3Error(f"{where}: '{name}' is blank; remove the line or give it text.")
+        raise IA3Error(f"{where}: '{name}' is blank; remove the row or give it text.")
     return value
+
+
+def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """Return a chat's turns without their empty fields, or raise IA3Error."""
+    if isinstance(messages, str):  # a table's cell
+        messages = parse_json(messages, f"{where}: 'messages'", "expected a list of turns")
+    if not isinstance(messages, list) or not messages:
+        raise IA3Error(f"{where}: 'messages' is not a list of turns; expected {{'role': ..., 'content': ...}} in each.")
+    for turn in messages:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise IA3Error(f"{where}: 'messages' holds a turn without 'role' and 'content'; give it both.")
+    return [{name: value for name, value in turn.items() if value is not None} for turn in messages]
 
 
 # --- tokenizing and splitting ------------------------------------------------------------------------------------
 
 
 def prepare(
-    records: Sequence[str] | Sequence[Pair],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    block_size: int,
-    held_out: float,
-    seed: int = 0,
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, block_size: int, held_out: float, seed: int = 0
 ) -> Corpus:
-    """Tokenizes `records` into sequences of at most `block_size` tokens and keeps a fraction `held_out` (0 to 1) apart.
+    """Tokenize `rows` into sequences of at most `block_size` tokens and keep a fraction `held_out` (0 to 1) apart.
 
-    What is kept apart is chosen by `seed`: whole texts, or whole pairs; of a single text, its end. The tokens that do
+    What is kept apart is chosen by `seed`: whole texts, pairs or chats; of a single text, its end. The tokens that do
     not fill a last block are dropped. Raises IA3Error if either part comes out empty.
     """
-    pairs = [record for record in records if isinstance(record, Pair)]
-    if pairs:
-        return _prepare_pairs(pairs, tokenizer, block_size, held_out, seed)
-    return _prepare_texts(
-        [record for record in records if isinstance(record, str)], tokenizer, block_size, held_out, seed
-    )
+    from random import Random
+
+    kind = kind_of(rows[0])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if kind == "text":
+        documents = [_tokenize(tokenizer, row["text"]) + end for row in rows]
+        have = f"the data has {sum(map(len, documents)):,} tokens in {len(rows):,} texts"
+        corpus = _blocks_of(documents, block_size, held_out, seed)
+    else:
+        have = f"the data has {len(rows):,} {'chats' if kind == 'messages' else 'pairs'}"
+        make = _chat if kind == "messages" else _pair
+        whole = [_sequence(make(row, tokenizer, end)) for row in rows]
+        sequences = [_cut(sequence, block_size) for sequence in whole]
+        Random(seed).shuffle(sequences)
+        kept = max(1, round(held_out * len(sequences))) if held_out else 0
+        cut = sum(len(sequence["input_ids"]) > block_size for sequence in whole)
+        corpus = Corpus(kind, sequences[kept:], sequences[:kept], cut)
+    if not corpus.train or (held_out and not corpus.held_out):
+        part = "to train on" if not corpus.train else "to keep apart"
+        raise IA3Error(
+            f"{have}, too few for one sequence {part} (block size {block_size}, held-out fraction {held_out:g}); "
+            "give more data, a smaller --block-size or another --held-out (0 keeps nothing apart)."
+        )
+    return corpus
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
@@ -164,104 +256,104 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = 
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _prepare_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int, held_out: float, seed: int
-) -> Corpus:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents = [_tokenize(tokenizer, text) + end for text in texts]
+def _blocks_of(documents: list[list[int]], block_size: int, held_out: float, seed: int) -> Corpus:
+    from random import Random
+
     total = sum(map(len, documents))
     if not held_out:
         train, kept = documents, []
     elif len(documents) == 1:
         blocks = total // block_size
-        split = (blocks - max(1, round(held_out * blocks))) * block_size
-        train, kept = [documents[0][: max(split, 0)]], [documents[0][max(split, 0) :]]
+        split = max((blocks - max(1, round(held_out * blocks))) * block_size, 0)
+        train, kept = [documents[0][:split]], [documents[0][split:]]
     else:
-        train, kept = _hold_out_documents(documents, max(held_out * total, block_size), seed)
-    corpus = Corpus(_blocks(train, block_size), _blocks(kept, block_size))
-    _check_sizes(corpus, held_out, f"the data has {total:,} tokens in {len(documents):,} texts", block_size)
-    return corpus
+        # Whole documents in a random order until they hold enough tokens; one that would overshoot by half is passed.
+        target = max(held_out * total, block_size)
+        order = list(range(len(documents)))
+        Random(seed).shuffle(order)
+        apart: set[int] = set()
+        tokens = 0
+        for index in order:
+            if tokens < target and tokens + len(documents[index]) <= 1.5 * target:
+                apart.add(index)
+                tokens += len(documents[index])
+        train = [document for index, document in enumerate(documents) if index not in apart]
+        kept = [documents[index] for index in sorted(apart)]
+
+    def blocks_in(part: list[list[int]]) -> list[Tokens]:
+        stream = list(chain.from_iterable(part))
+        cuts = [stream[start : start + block_size] for start in range(0, len(stream) - block_size + 1, block_size)]
+        return [{"input_ids": block, "labels": list(block)} for block in cuts]
+
+    return Corpus("text", blocks_in(train), blocks_in(kept))
 
 
-def _hold_out_documents(
-    documents: list[list[int]], target: float, seed: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Whole documents in a random order until they hold `target` tokens; one that would overshoot by half is passed."""
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
-    kept: set[int] = set()
-    tokens = 0
-    for index in order:
-        if tokens < target and tokens + len(documents[index]) <= 1.5 * target:
-            kept.add(index)
-            tokens += len(documents[index])
-    return (
-        [document for index, document in enumerate(documents) if index not in kept],
-        [documents[index] for index in sorted(kept)],
-    )
+# A piece is its tokens, and whether they are learned.
+_Piece = tuple[list[int], bool]
 
 
-def _blocks(documents: list[list[int]], size: int) -> list[Example]:
-    stream = list(chain.from_iterable(documents))
-    starts = range(0, len(stream) - size + 1, size)
-    return [Example(stream[start : start + size], stream[start : start + size]) for start in starts]
+def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[_Piece]:
+    prompt = _tokenize(tokenizer, row["prompt"], special=True)
+    if end and prompt[-1:] == end:  # a tokenizer that ends every text would end the prompt before its completion
+        prompt = prompt[:-1]
+    completion = _tokenize(tokenizer, row["completion"]) + end
+    if len(prompt) + len(completion) < 2:
+        raise IA3Error(f"the pair with completion {row['completion']!r} is a single token; give it a prompt.")
+    return [(prompt, False), (completion, True)]
 
 
-def _prepare_pairs(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, block_size: int, held_out: float, seed: int
-) -> Corpus:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    examples: list[Example] = []
-    cut = 0
-    for pair in pairs:
-        prompt = _tokenize(tokenizer, pair.prompt, special=True)
-        if end and prompt[-1:] == end:  # a tokenizer that ends every text would end the prompt before its completion
-            prompt = prompt[:-1]
-        completion = _tokenize(tokenizer, pair.completion) + end
-        cut += len(prompt) + len(completion) > block_size
-        # The completion is what is learned, so the prompt gives way first, from its far end. One token always stays
-        # before the completion: the first token of a sequence is never predicted.
-        completion = completion[: block_size - 1]
-        prompt = prompt[max(0, len(prompt) + len(completion) - block_size) :]
-        if len(prompt) + len(completion) < 2:
-            raise IA3Error(f"the pair with completion {pair.completion!r} is a single token; give it a prompt.")
-        examples.append(Example(prompt + completion, [IGNORED] * len(prompt) + completion))
-    random.Random(seed).shuffle(examples)
-    kept = max(1, round(held_out * len(examples))) if held_out else 0
-    corpus = Corpus(examples[kept:], examples[:kept], cut)
-    _check_sizes(corpus, held_out, f"the data has {len(pairs):,} pairs", block_size)
-    return corpus
-
-
-def _check_sizes(corpus: Corpus, held_out: float, have: str, block_size: int) -> None:
-    if corpus.train and (corpus.held_out or not held_out):
-        return
-    part = "to train on" if not corpus.train else "to keep apart"
+def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[_Piece]:
+    """Split a chat, as the model's template writes it, at the beginnings and ends of the assistant's turns."""
+    messages = row["messages"]
+    turns = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if not turns:
+        raise IA3Error("a chat has no turn of the role 'assistant', so there is nothing to learn in it; remove it.")
+    # A template may write earlier turns differently once there are later ones; then the last turn alone is learned.
+    for wanted in (turns, turns[-1:]):
+        texts: list[tuple[str, bool]] = []
+        done = ""
+        for index in wanted:
+            prompt = render_chat(tokenizer, messages[:index], add_generation_prompt=True)
+            whole = render_chat(tokenizer, messages[: index + 1], add_generation_prompt=False)
+            if not (prompt.startswith(done) and whole.startswith(prompt)):
+                break
+            texts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+            done = whole
+        else:
+            return [(_tokenize(tokenizer, text), learned) for text, learned in texts]
     raise IA3Error(
-        f"{have}, too few for one sequence {part} (block size {block_size}, held-out fraction {held_out:g}); "
-        "give more data, a smaller --block-size or another --held-out (0 keeps nothing apart)."
+        "the model's chat template writes an answer differently from what it prompts with, so that prompt and answer "
+        "cannot be told apart; write the data as 'prompt' and 'completion'."
     )
 
 
-# --- batching ----------------------------------------------------------------------------------------------------
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
+    """Return a chat as the model's own template writes it. Raises IA3Error if it has none, or refuses the turns."""
+    if not tokenizer.chat_template:
+        raise IA3Error(
+            "the model's tokenizer has no chat template, so it cannot take 'messages'; use an instruction-tuned model, "
+            "or write 'prompt' and 'completion'."
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # whatever a template raises, it raises about the turns
+        raise IA3Error(f"the model's chat template refuses the chat: {str(error)[:200]}.") from error
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """A batch of `input_ids` and `labels`, both [batch, longest] int64, padded on the right.
+def _sequence(pieces: Iterable[_Piece]) -> Tokens:
+    ids, labels = [], []
+    for tokens, learned in pieces:
+        ids += tokens
+        labels += tokens if learned else [IGNORED] * len(tokens)
+    return {"input_ids": ids, "labels": labels}
 
-    `attention_mask` is there only where something was padded: attention without a mask is faster.
+
+def _cut(sequence: Tokens, size: int) -> Tokens:
+    """Cut to `size` tokens: what is learned matters most, so the prompt gives way first, from its far end.
+
+    One token always stays before what is learned: the first token of a sequence is never predicted.
     """
-    import torch
-
-    length = max(len(example.input_ids) for example in examples)
-
-    def padded(values: Sequence[int], filler: int) -> list[int]:
-        return [*values, *[filler] * (length - len(values))]
-
-    batch = {
-        "input_ids": torch.tensor([padded(example.input_ids, pad_token_id) for example in examples]),
-        "labels": torch.tensor([padded(example.labels, IGNORED) for example in examples]),
-    }
-    if any(len(example.input_ids) < length for example in examples):
-        batch["attention_mask"] = torch.tensor([padded([1] * len(example.input_ids), 0) for example in examples])
-    return batch
+    labels = sequence["labels"]
+    first = next(index for index, label in enumerate(labels) if label != IGNORED)
+    start = max(0, min(len(labels) - size, first - 1))
+    return {name: values[start : start + size] for name, values in sequence.items()}

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import checkpoints, options
+
 OPTIONAL = ("transformers", "peft", "accelerate", "gguf", "matplotlib")
 OPERATORS = ("scaled_linear", "gated_activation", "scaled_activation", "scale_weight_")
 
@@ -23,6 +25,8 @@ def run() -> None:
     installation.add_row("system", platform.platform())
     for label, fact in target.describe().items():
         installation.add_row(label, escape(fact))
+    device = checkpoints.pick_device(options.AUTO)
+    installation.add_row("fastest dtype", str(checkpoints.pick_dtype(options.AUTO, device)).removeprefix("torch."))
     for package in OPTIONAL:
         installation.add_row(package, target.version(package) or "not installed")
     console.print(installation)

@@ -1,97 +1,129 @@
-"""`ia3 generate`: continuations of prompts, written as they come."""
+"""`ia3 generate`: continuations of prompts, written as they come; or answers to many requests, in mixed batches."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.markup import escape
+from typer import Option
 
 from ..errors import IA3Error
-from . import checkpoints
-from .options import Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.generation import BaseStreamer
-
-    from .. import IA3Model
+from . import options
 
 
 @dataclass(frozen=True)
-class Job:
-    """One call of `ia3 generate`."""
+class Generate:
+    """Write continuations of prompts, with an adapter or without; or answer many requests, each with its own."""
 
-    model: Path
-    adapter: Path | None
-    prompts: Sequence[str]
-    sampling: Sampling
-    echo: bool
-    dtype: str
-    device: str
+    model: options.Model
+    adapter: Annotated[
+        Path | None, Option(metavar="DIR", help="Folder with an adapter. Without one, the base model speaks.")
+    ] = None
+    prompt: Annotated[
+        list[str] | None,
+        Option(metavar="TEXT", help="Text to go on from; may be given several times. Default: what is piped in."),
+    ] = None
+    requests: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="JSON Lines (- for stdin): a 'prompt' or chat 'messages' in each, and if wanted its 'id', 'adapter', "
+            "'max_new_tokens' and 'stop'.",
+        ),
+    ] = None
+    adapters: Annotated[
+        Path | None, Option(metavar="DIR", help="Folder with a sub-folder for each adapter that --requests may name.")
+    ] = None
+    output: Annotated[
+        Path | None,
+        Option("--output", "-o", metavar="FILE", help="Where answers to --requests go, as they come. Default: stdout."),
+    ] = None
+    batch_size: Annotated[int, Option(callback=options.at_least(1), help="Requests that run together.")] = 32
+    max_new_tokens: Annotated[int, Option(callback=options.at_least(1), help="Tokens to write, at most.")] = 64
+    stop: Annotated[
+        list[str] | None, Option(metavar="TEXT", help="Text to stop before; may be given several times.")
+    ] = None
+    temperature: Annotated[
+        float, Option(callback=options.not_negative, help="0 takes the likeliest token, more is more random.")
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        Option(callback=options.between(0, 1, open_low=True), help="Sample from the likeliest tokens of this mass."),
+    ] = 1.0
+    top_k: Annotated[
+        int, Option(callback=options.at_least(0), help="Sample from that many of the likeliest tokens; 0 for all.")
+    ] = 0
+    repetition_penalty: Annotated[
+        float, Option(callback=options.positive, help="Above 1 holds back tokens that were there already.")
+    ] = 1.0
+    chat: Annotated[
+        bool | None,
+        Option(
+            "--chat/--no-chat",
+            help="Prompt through the model's chat template. Default: if it has one, and the adapter was not trained on "
+            "plain text.",
+        ),
+    ] = None
+    echo: Annotated[
+        bool | None, Option("--echo/--no-echo", help="Write the prompt first. Default: unless it is a chat's.")
+    ] = None
+    load_in_4bit: options.FourBit = False
+    dtype: options.Dtype = "bfloat16"
+    device: options.Device = "auto"
+    seed: options.Seed = 0
 
+    def run(self) -> int:
+        """Return the exit code: 0, or that of a user's error if a request failed."""
+        from . import answers, checkpoints, output, requests
 
-def run(job: Job) -> None:
-    """Writes each prompt (unless `job.echo` is off) and its continuation to stdout, a line between two prompts."""
-    source = checkpoints.locate(job.model)
-    prompts = _prompts(job.prompts)
-    stderr = Console(stderr=True)
-    with stderr.status("importing torch and transformers"):
-        import torch
-        from transformers import TextStreamer
-
-    device = checkpoints.pick_device(job.device)
-    with stderr.status(escape(f"loading {source.path}")):
-        tokenizer = checkpoints.load_tokenizer(source)
-        base = checkpoints.load_model(source, getattr(torch, job.dtype), device)
-        checkpoints.check_vocabulary(base, tokenizer)
-        model = base if job.adapter is None else checkpoints.load_adapter(base, job.adapter)
-    for number, prompt in enumerate(prompts):
-        if number:
-            print(flush=True)
-        streamer = TextStreamer(tokenizer, skip_prompt=not job.echo, skip_special_tokens=True)
-        continuation(model, tokenizer, prompt, job.sampling, streamer)
-
-
-def continuation(
-    model: PreTrainedModel | IA3Model,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    sampling: Sampling,
-    streamer: BaseStreamer | None = None,
-) -> str:
-    """The text that `model` puts after `prompt`. The same seed gives the same text, whatever came before it.
-
-    Raises IA3Error if the prompt is empty or, with the new tokens, longer than the model takes.
-    """
-    import torch
-    from transformers import set_seed
-
-    inputs = tokenizer(prompt, return_tensors="pt")
-    length = inputs["input_ids"].shape[1]
-    if not length:
-        raise IA3Error("the prompt is empty; give it at least one token.")
-    checkpoints.check_length(model, length + sampling.max_new_tokens, "the prompt with --max-new-tokens")
-    set_seed(sampling.seed)
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=inputs["input_ids"].to(device),
-            attention_mask=inputs["attention_mask"].to(device),
-            streamer=streamer,
-            pad_token_id=checkpoints.pad_token(tokenizer),
-            **sampling.arguments(),
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise IA3Error(
+                "--top-p and --top-k choose what to sample from, but --temperature is 0: it does not sample."
+            )
+        if self.requests is None and (self.adapters or self.output):
+            raise IA3Error("--adapters and --output are for --requests; use --adapter, and redirect stdout.")
+        if self.requests is not None and (self.prompt or (self.adapter and self.adapters)):
+            raise IA3Error("--requests names its own prompts; leave --prompt out, and one of --adapter and --adapters.")
+        if self.output is not None:
+            output.check_file(self.output)
+        source = checkpoints.locate(self.model)
+        checkpoints.require(
+            "ia3 generate",
+            *(["accelerate", "gguf"] if source.gguf_file else []),
+            *(["bitsandbytes", "accelerate"] if self.load_in_4bit else []),
         )
-    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True))
+        folders = _folders(self.adapters) if self.adapters else {}
+        lines = requests.read(self.requests) if self.requests else []
+        prompts = [] if self.requests else self.prompt or _piped()
+        stderr = Console(stderr=True)
+        with stderr.status("importing torch and transformers"):
+            import torch  # noqa: F401  (what follows needs it; the status says why nothing happens)
+
+        device = checkpoints.pick_device(self.device)
+        with stderr.status(escape(f"loading {source.path}")):
+            dtype = checkpoints.pick_dtype(self.dtype, device)
+            tokenizer, model = checkpoints.load(source, dtype, device, self.load_in_4bit)
+            if self.adapter is not None:
+                model = checkpoints.load_adapter(model, self.adapter)
+        if self.requests:
+            return answers.answer_all(self, lines, folders, model, tokenizer, stderr)
+        answers.go_on(self, prompts, model, tokenizer)
+        return 0
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return how to choose tokens, for transformers' `generate`."""
+        chosen: dict[str, Any] = {"repetition_penalty": self.repetition_penalty, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"seed": self.seed} | chosen
 
 
-def _prompts(given: Sequence[str]) -> list[str]:
-    if given:
-        return list(given)
+def _piped() -> list[str]:
     if sys.stdin.isatty():
         raise IA3Error("there is no prompt; give --prompt TEXT (as often as you like) or pipe one in.")
     try:
@@ -101,3 +133,13 @@ def _prompts(given: Sequence[str]) -> list[str]:
     if not text.strip():
         raise IA3Error("what was piped in as the prompt is empty; give --prompt TEXT or pipe text.")
     return [text.rstrip("\n")]
+
+
+def _folders(path: Path) -> dict[str, Path]:
+    """Return the sub-folders that hold an adapter, by name. Raises IA3Error where there are none."""
+    if not path.is_dir():
+        raise IA3Error(f"{path} is no folder; --adapters is a folder with a sub-folder for each adapter.")
+    found = {child.name: child for child in sorted(path.iterdir()) if (child / "adapter_config.json").is_file()}
+    if not found:
+        raise IA3Error(f"no sub-folder of {path} holds an adapter; --adapters is a folder with one for each adapter.")
+    return found

@@ -1,51 +1,73 @@
-"""What the commands are asked for, as plain values: the command line is parsed without importing torch."""
+"""What options of several commands have in common: their types and checks. Parsing imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
-SCHEDULES = ("constant", "linear", "cosine")
+AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train. `steps` wins over `epochs`; one step is `batch_size * accumulation` sequences.
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """Return a check that a value is one of `choices`."""
 
-    `evaluations` is how often the held-out loss is measured, the first and the last step included. The learning rate
-    falls to zero along `schedule`, one of SCHEDULES.
-    """
+    def check(value: str) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}")
+        return value
 
-    steps: int | None = None
-    epochs: float = 3.0
-    batch_size: int = 4
-    accumulation: int = 1
-    learning_rate: float = 1e-2
-    schedule: str = "constant"
-    evaluations: int = 6
-    seed: int = 0
+    return check
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens. Temperature 0 takes the likeliest; `top_k` 0 and `top_p` 1 leave nothing out."""
+def at_least(minimum: int) -> Callable[[int | None], int | None]:
+    """Return a check that a number, where one is given, is not below `minimum`."""
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    def check(value: int | None) -> int | None:
+        if value is not None and value < minimum:
+            raise typer.BadParameter(f"{value} is below {minimum}")
+        return value
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for transformers' `generate`."""
-        arguments: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": self.temperature > 0,
-        }
-        if self.temperature > 0:
-            arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return arguments
+    return check
+
+
+def between(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[float], float]:
+    """Return a check that a number lies between `low` and `high`, themselves left out where they are open."""
+
+    def check(value: float) -> float:
+        too_low = value <= low if open_low else value < low
+        too_high = value >= high if open_high else value > high
+        if too_low or too_high or math.isnan(value):
+            bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+            raise typer.BadParameter(f"{value:g} is not in {bounds}")
+        return value
+
+    return check
+
+
+positive = between(0, math.inf, open_low=True, open_high=True)
+not_negative = between(0, math.inf, open_high=True)
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A model folder in transformers' format, or a .gguf file.")
+]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", callback=one_of(DEVICES), help="auto (CUDA if it is there), cpu or cuda.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="TYPE",
+        callback=one_of((AUTO, *DTYPES)),
+        help=f"Type of the frozen weights: {', '.join(DTYPES)}, or auto: the fastest here.",
+    ),
+]
+FourBit = Annotated[
+    bool, typer.Option("--load-in-4bit", help="Keep the frozen linear layers in 4 bits (NF4 of bitsandbytes).")
+]
+Seed = Annotated[int, typer.Option(callback=between(0, 2**32 - 1), help="The same seed gives the same result.")]

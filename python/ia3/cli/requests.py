@@ -2,63 +2,83 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import IA3Error
+from .data import check_messages, parse_json
 
 BASE_NAME = "__base__"
-_FIELDS = ("prompt", "adapter", "max_new_tokens")
+FIELDS = ("id", "prompt", "messages", "adapter", "max_new_tokens", "stop")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to go on from, with which adapter, and for how many tokens at most."""
+    """What to go on from, a text or a chat's turns, with which adapter (None: the base model), and until when."""
 
-    prompt: str
-    adapter: str
+    prompt: str | list[dict[str, Any]]
+    adapter: str | None
     max_new_tokens: int
+    stop: tuple[str, ...]
 
 
-def read(path: Path) -> list[str]:
-    """The lines of the file that are not blank. Raises IA3Error."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise IA3Error(f"{path} cannot be read: {error.strerror}; --requests is a file of JSON Lines.") from error
-    except UnicodeDecodeError as error:
-        raise IA3Error(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise IA3Error(f'{path} is empty; write one request a line, such as {{"prompt": "...", "adapter": "fr"}}.')
-    return lines
+def read(path: Path) -> list[tuple[int, bytes]]:
+    """Return the lines of a file (`-`: of stdin) that are not blank, with their numbers from 1. Raises IA3Error.
 
-
-def parse(line: str, adapters: Collection[str], max_new_tokens: int) -> Request:
-    """One request. Raises IA3Error with what is wrong with it.
-
-    adapters: the names there are; a request without one, or with `__base__`, is for the base model.
-    max_new_tokens: for a request that says nothing else.
+    Lines end at a newline and nowhere else: JSON may hold what other programs take for the end of a line.
     """
     try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise IA3Error(f"it is not JSON ({error}).") from None
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise IA3Error(f"{path} cannot be read: {error.strerror}; --requests is a file of JSON Lines.") from error
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # a byte-order mark is no part of the first request
+    found = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise IA3Error(f'{path} is empty; write one request a line, such as {{"prompt": "...", "adapter": "fr"}}.')
+    return found
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """Return the object that a line holds. Raises IA3Error with what is wrong with it."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IA3Error(f"it is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
+    content = parse_json(text, "it", "expected an object with a prompt")
     if not isinstance(content, dict):
         raise IA3Error(f"it is a {type(content).__name__}; expected an object with a prompt.")
-    unknown = sorted(content.keys() - set(_FIELDS))
+    return content
+
+
+def parse(content: dict[str, Any], adapters: Collection[str], max_new_tokens: int, stop: Sequence[str]) -> Request:
+    """Return one request. Raises IA3Error with what is wrong with it.
+
+    adapters: the names there are; a request without one, or with `__base__`, is for the base model.
+    max_new_tokens, stop: for a request that says nothing else.
+    """
+    unknown = sorted(content.keys() - set(FIELDS))
     if unknown:
-        raise IA3Error(f"it has the field {unknown[0]!r}; expected no others than {', '.join(_FIELDS)}.")
+        raise IA3Error(f"it has the field {unknown[0]!r}; expected no others than {', '.join(FIELDS)}.")
     prompt, adapter = content.get("prompt"), content.get("adapter")
+    if content.get("messages") is not None:
+        if prompt is not None:
+            raise IA3Error("it has a prompt and messages; expected one of them.")
+        prompt = check_messages(content["messages"], "it")
+    elif not isinstance(prompt, str) or not prompt:
+        raise IA3Error(f"its prompt is {str(prompt)[:200]!r}; expected a text.")
+    if adapter == BASE_NAME and BASE_NAME not in adapters:
+        adapter = None
+    if adapter is not None and (not isinstance(adapter, str) or adapter not in adapters):
+        expected = f"the name of one of the {len(adapters)} in --adapters" if adapters else "none without --adapters"
+        raise IA3Error(f"its adapter is {str(adapter)[:200]!r}; expected {expected}.")
     count = content.get("max_new_tokens", max_new_tokens)
-    if not isinstance(prompt, str) or not prompt:
-        raise IA3Error(f"its prompt is {prompt!r}; expected a text.")
-    if adapter is None:
-        adapter = BASE_NAME
-    if not isinstance(adapter, str) or (adapter != BASE_NAME and adapter not in adapters):
-        raise IA3Error(f"its adapter is {adapter!r}; expected the name of one of the {len(adapters)} in --adapters.")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise IA3Error(f"its max_new_tokens is {count!r}; expected a number above 0.")
-    return Request(prompt, adapter, count)
+        raise IA3Error(f"its max_new_tokens is {str(count)[:200]}; expected a number above 0.")
+    ends = content.get("stop", stop)
+    ends = [ends] if isinstance(ends, str) else ends
+    if not isinstance(ends, (list, tuple)) or not all(isinstance(text, str) and text for text in ends):
+        raise IA3Error(f"its stop is {str(ends)[:200]!r}; expected a text, or a list of them.")
+    return Request(prompt, adapter, count, tuple(ends))

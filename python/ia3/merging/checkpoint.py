@@ -64,11 +64,12 @@ def merged_adapters(folder: Path) -> dict[str, str]:
 
 def warn_if_merged(folder: Path, adapter: Path) -> None:
     """Warn where the checkpoint in a folder holds this adapter already, so that its vectors would act twice."""
-    if (merged := merged_adapters(folder)) and _digest(read_tensors(adapter)) in merged:
+    if (merged := merged_adapters(folder)) and digest(read_tensors(adapter)) in merged:
         warnings.warn(f"{adapter} was merged into {folder} before; its vectors act twice.", stacklevel=3)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the digest by which a merged checkpoint knows an adapter, in hexadecimal."""
     state = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -98,7 +99,7 @@ def plan_merge(base: Path, adapter: Path, out: Path) -> MergePlan:
             changes |= {(change.entry.file, change.start): change} if change.nbytes else {}
     check_out(checkpoint, out)
     warn_if_merged(base, adapter)
-    return MergePlan(checkpoint, adapter, _digest(tensors), list(changes.values()))
+    return MergePlan(checkpoint, adapter, digest(tensors), list(changes.values()))
 
 
 def write_merged(plan: MergePlan, out: Path, *, link: bool = False, advance: Advance = lambda count: None) -> None:

@@ -1,0 +1,199 @@
+"""What `ia3 generate` does with a loaded model: it goes on from prompts, or answers requests in mixed batches."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import IA3Error
+from . import checkpoints, output, requests
+from .boundary import USER_ERROR
+from .finetune import METRICS
+from .generation import encode, generate
+from .requests import BASE_NAME, Request
+
+if TYPE_CHECKING:
+    from .generate import Generate
+
+# Adapters that have a slot at a time; more wait in host memory.
+_SLOTS = 1024
+_Wanted = dict[int, tuple[Request, list[int]]]  # by their lines: requests that can run, and the tokens of their prompts
+
+
+def _is_chat(job: Generate, tokenizer: Any, adapter: Path | None) -> bool:
+    """Return whether to prompt through the template: as was asked for, or as the adapter was trained."""
+    if job.chat is not None:
+        return job.chat
+    return bool(tokenizer.chat_template) and not (adapter and _is_of_plain_text(adapter))
+
+
+def go_on(job: Generate, prompts: list[str], model: Any, tokenizer: Any) -> None:
+    """Write each prompt (unless echo is off) and its continuation to stdout, a line between two prompts."""
+    from transformers import TextStreamer
+
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # what the terminal cannot show
+    is_chat = _is_chat(job, tokenizer, job.adapter)
+    echo = not is_chat if job.echo is None else job.echo
+    encoded = [encode(tokenizer, prompt, is_chat) for prompt in prompts]
+    longest = max(map(len, encoded)) + job.max_new_tokens
+    checkpoints.check_length(model, longest, "the prompt with --max-new-tokens")
+    for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True)):
+        print("\n" * (number > 0) + prompt * echo + "\n" * (echo and is_chat), end="", flush=True)
+        # What a stop string cuts off is known at the end only.
+        streamer = None if job.stop else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options: dict[str, Any] = {"max_new_tokens": job.max_new_tokens, "stop": job.stop or ()}
+        options |= {"streamer": streamer} | job.sampling
+        [(text, _)] = generate(model, tokenizer, [tokens], **options)
+        if streamer is None:
+            print(text)
+
+
+def answer_all(
+    job: Generate,
+    lines: list[tuple[int, bytes]],
+    folders: Mapping[str, Path],
+    model: Any,
+    tokenizer: Any,
+    stderr: Console,
+) -> int:
+    """Write a line of JSON for each request as soon as it is known: its text, or its error."""
+    wanted: _Wanted = {}
+    ids: dict[int, Any] = {}
+    errors = 0
+    with output.json_lines(job.output) as write:
+
+        def answer(line: int, **content: Any) -> None:
+            nonlocal errors
+            errors += "error" in content
+            write({"line": line} | ({"id": ids[line]} if line in ids else {}) | content)
+
+        for line, raw in lines:
+            try:
+                content = requests.decode(raw)
+                if "id" in content:
+                    ids[line] = content["id"]
+                request = requests.parse(content, folders, job.max_new_tokens, job.stop or ())
+                folder = folders[request.adapter] if request.adapter else job.adapter
+                tokens = encode(tokenizer, request.prompt, _is_chat(job, tokenizer, folder))
+                length = len(tokens) + request.max_new_tokens
+                checkpoints.check_length(model, length, "its prompt with max_new_tokens")
+            except IA3Error as error:
+                answer(line, error=str(error))
+            else:
+                wanted[line] = (request, tokens)
+        names = sorted({request.adapter for request, _ in wanted.values() if request.adapter})
+        with stderr.status("loading adapters"):
+            model, known, failed = _with_bank(model, {name: folders[name] for name in names}, job.batch_size)
+        for line, (request, _) in list(wanted.items()):
+            if request.adapter in failed:
+                del wanted[line]
+                answer(line, error=failed[request.adapter])
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        written, start = 0, time.perf_counter()
+        with Progress(*columns, console=stderr) as progress:
+            task = progress.add_task("", total=len(wanted))
+            for batch in _batches(wanted, job):
+                for line, result in _run(model, tokenizer, wanted, batch, known, job.sampling):
+                    if isinstance(result, str):
+                        answer(line, error=result)
+                    else:
+                        answer(line, adapter=wanted[line][0].adapter or BASE_NAME, text=result[0])
+                        written += result[1]
+                    progress.advance(task)
+    if wanted:
+        seconds = time.perf_counter() - start
+        stderr.print(f"{written:,} tokens in {seconds:.1f} s, {written / seconds:,.0f} a second")
+    if errors:
+        stderr.print(f"{errors} of {len(lines)} requests failed; their lines say why.", style="bold yellow")
+    return USER_ERROR if errors else 0
+
+
+@functools.cache
+def _is_of_plain_text(adapter: Path) -> bool:
+    """Return whether `ia3 finetune` says that it trained this adapter on texts or pairs as they are."""
+    try:
+        return bool(json.loads((adapter / METRICS).read_text("utf-8"))["format"] != "messages")
+    except (OSError, ValueError, KeyError, TypeError):  # not written by `ia3 finetune`
+        return False
+
+
+def _with_bank(base: Any, folders: Mapping[str, Path], batch_size: int) -> tuple[Any, dict[str, str], dict[str, str]]:
+    """Return the model with these adapters in a bank, their names in it, and for those that do not load, why not."""
+    from .. import AdapterBank, IA3Config, PeftModel
+
+    failed: dict[str, str] = {}
+    model: Any = None
+    fitting: list[str] = []
+    targets: list[tuple[Any, ...]] = []
+    for name, folder in folders.items():
+        try:
+            config = IA3Config.from_pretrained(folder)
+            kind = (config.target_modules, config.feedforward_modules, config.exclude_modules)
+            if config.modules_to_save:
+                raise IA3Error(f"the adapter {folder} trains whole modules, which rows of a batch cannot differ in.")
+            # The first of each kind stands in the model itself, so that its layers can be scaled.
+            if kind not in targets:
+                if model is None:
+                    model = PeftModel.from_pretrained(base, folder, f"layers{len(targets)}")
+                else:
+                    model.load_adapter(folder, f"layers{len(targets)}")
+                targets.append(kind)
+            checkpoints.warn_if_merged(base, folder)
+            fitting.append(name)
+        except (IA3Error, OSError) as error:
+            failed[name] = str(error)
+    if model is None:
+        return base, {}, failed
+    checkpoints.check_kernels(base.device.type, base.dtype)
+    bank = AdapterBank(model, max(batch_size, min(len(fitting), _SLOTS)))
+    known: dict[str, str] = {}
+    for number, name in enumerate(fitting):
+        try:
+            bank.load(f"adapter{number}", folders[name])  # a folder may have any name, and a name in a model not
+            known[name] = f"adapter{number}"
+        except IA3Error as error:
+            failed[name] = str(error)
+    return model, known, failed
+
+
+def _batches(wanted: _Wanted, job: Generate) -> Iterator[list[int]]:
+    """Yield lines that run together: as many new tokens and the same stops for each, prompts of about one length.
+
+    Of exactly one length where repetition is held back, which would else count what fills up the shorter ones.
+    """
+    is_exact = job.repetition_penalty != 1
+
+    def group(line: int) -> tuple[Any, ...]:
+        request, tokens = wanted[line]
+        return request.max_new_tokens, request.stop, len(tokens) if is_exact else 0
+
+    order = sorted(wanted, key=lambda line: (*group(line), len(wanted[line][1])))
+    for _, members in groupby(order, group):
+        batch = list(members)
+        yield from (batch[start : start + job.batch_size] for start in range(0, len(batch), job.batch_size))
+
+
+def _run(
+    model: Any, tokenizer: Any, wanted: _Wanted, batch: list[int], known: Mapping[str, str], sampling: dict[str, Any]
+) -> Iterable[tuple[int, tuple[str, int] | str]]:
+    """Return each line's text and count of tokens, or its error: a batch that fails runs again, one by one."""
+    first, prompts = wanted[batch[0]][0], [wanted[line][1] for line in batch]
+    named = {"adapter_names": [known.get(wanted[line][0].adapter or "", BASE_NAME) for line in batch]} if known else {}
+    options: dict[str, Any] = {"max_new_tokens": first.max_new_tokens, "stop": first.stop, **sampling, **named}
+    try:
+        return list(zip(batch, generate(model, tokenizer, prompts, **options), strict=True))
+    except Exception as error:  # of whatever kind: the other requests are not to blame
+        if len(batch) == 1:
+            return [(batch[0], f"{type(error).__name__}: {str(error)[:200]}")]
+    return [each for line in batch for each in _run(model, tokenizer, wanted, [line], known, sampling)]
