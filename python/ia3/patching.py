@@ -41,6 +41,17 @@ def _replicate(module: nn.Module) -> nn.Module:
     return replica
 
 
+def named_input(module: nn.Module, method: str, x: Tensor | None, named: dict[str, Tensor]) -> Tensor:
+    """Return the input of a stand-in that was called by keyword; its name is that of the class's own method.
+
+    Raises :class:`TypeError` for any other call, as the method does.
+    """
+    name = getattr(type(module), method).__code__.co_varnames[1]
+    if x is not None or len(named) != 1 or name not in named:
+        raise TypeError(f"{type(module).__name__}.{method} takes one argument, {name!r}")
+    return named[name]
+
+
 def is_replaced(layer: nn.Module) -> bool:
     """Whether ``layer`` runs anything but its class's ``forward``, inside of accelerate's hooks if it has them."""
     inner = layer.__dict__.get("_old_forward" if "_old_forward" in layer.__dict__ else "forward")

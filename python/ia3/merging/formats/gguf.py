@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...patching import named_input
 from . import Format, Parts, State, frozen_product, wants_gradient
 
 # Of each GGUF type that transformers keeps packed, where in a block its fp16 scales lie (and that of its minima).
@@ -32,8 +33,10 @@ _GGUF_FIELDS: dict[str, tuple[int, ...]] = {
 }
 
 
-def gguf_forward(layer: Any, x: Tensor) -> Tensor:
+def gguf_forward(layer: Any, x: Tensor | None = None, **named: Tensor) -> Tensor:
     """The output ``[*, out]`` of a ``GgufLinear`` for x ``[*, in]``, with a gradient for x."""
+    if x is None or named:
+        x = named_input(layer, "forward", x, named)
     if not wants_gradient(x):
         own: Tensor = type(layer).forward(layer, x)
         return own
