@@ -89,10 +89,9 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     return weight if kind is nn.Linear else weight.t()
 
 
-def linear_forward(layer: nn.Module, x: Tensor | None = None, **named: Tensor) -> Tensor:
+@patching.stand_in
+def linear_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """What ``forward`` of an ``nn.Linear`` or ``Conv1D`` computes, through our matmul where that is the faster one."""
-    if x is None or named:
-        x = patching.named_input(layer, "forward", x, named)
     weight = layer._parameters.get("weight")  # replicas for several devices have none
     y: Tensor
     if weight is None or not _gains(weight):

@@ -87,14 +87,13 @@ def _runs_method(block: nn.Module, row: Row) -> bool:
     return own is None or is_patch or getattr(own, "__func__", None) is getattr(type(block), row.method)
 
 
-def fused_forward(block: nn.Module, row: Row, x: Tensor | None = None, **named: Tensor) -> Tensor:
+@patching.stand_in
+def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
     """What the class's method computes, with ``scale`` inside the activation kernel; x ``[*, hidden]``.
 
     ``down(act(gate(x)) ∘ up(x) ∘ scale)``, or ``down(act(up(x)) ∘ scale)`` without a gate. With no active vector, or
     something in the way, it is the class's own method.
     """
-    if x is None or named:
-        x = patching.named_input(block, row.method, x, named)
     # Any: children are looked up by name, and every name was checked against the class when the row was chosen.
     inner: Any = holder(block, row.inner)
     outer: Any = holder(block, row.outer)

@@ -17,6 +17,17 @@ _PLACES = ("_old_forward", "forward")
 _REPLICATE = "_replicate_for_data_parallel"
 
 
+def stand_in(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let the input of ``function``, its last argument, be passed under the name that the method has for it."""
+
+    # What looks at the signature sees that of ``function``: transformers counts a chunked method's arguments.
+    @functools.wraps(function)
+    def forward(module: Any, *args: Any, **named: Tensor) -> Tensor:
+        return function(module, *args, *named.values())
+
+    return forward
+
+
 def bind(module: nn.Module, method: str, function: Callable[..., Any], *arguments: Any) -> None:
     """Let ``module.method(…)`` be ``function(module, *arguments, …)``; of copies and replicas, with them in its place.
 
@@ -39,17 +50,6 @@ def _replicate(module: nn.Module) -> nn.Module:
         if isinstance(value, functools.partial) and value.args and value.args[0] is module:
             replica.__dict__[name] = functools.partial(value.func, replica, *value.args[1:])
     return replica
-
-
-def named_input(module: nn.Module, method: str, x: Tensor | None, named: dict[str, Tensor]) -> Tensor:
-    """Return the input of a stand-in that was called by keyword; its name is that of the class's own method.
-
-    Raises :class:`TypeError` for any other call, as the method does.
-    """
-    name = getattr(type(module), method).__code__.co_varnames[1]
-    if x is not None or len(named) != 1 or name not in named:
-        raise TypeError(f"{type(module).__name__}.{method} takes one argument, {name!r}")
-    return named[name]
 
 
 def is_replaced(layer: nn.Module) -> bool:

@@ -87,7 +87,6 @@ def _merged(layer: Any) -> str:
 def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dtype: torch.dtype) -> ReportRow:
     kind = "input" if layer.is_feedforward else "output"
     base = layer.base_layer
-    device, dtype = base.weight.device, base.weight.dtype if base.weight.is_floating_point() else compute_dtype
     if not isinstance(layer, ScaledLayer):
         return ReportRow(
             path, kind, f"{type(layer).__module__.partition('.')[0]}", "not accelerated: ia3.accelerate does"
@@ -95,6 +94,10 @@ def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dty
     if layer.disable_adapters or not vectors_of(layer, acting_adapters(layer)):
         state = _merged(layer) if layer.merged else "disabled" if layer.disable_adapters else "not active here"
         return ReportRow(path, kind, type(base).__name__, f"the adapter is {state}")
+    weight: Any = base.weight
+    if not isinstance(weight, torch.Tensor):  # torch.ao's quantized layers have a method of that name
+        weight = weight()
+    device, dtype = weight.device, weight.dtype if weight.is_floating_point() else compute_dtype
     reason = ""
     if layer.is_feedforward:
         if place is None:
@@ -112,7 +115,7 @@ def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dty
             reason = f"not fused: {in_the_way}; "
     if isinstance(base, nn.Conv2d | nn.Conv3d):
         return ReportRow(path, kind, "torch", reason + "convolutions are scaled per channel by torch")
-    if hasattr(base.weight, "full_tensor"):
+    if hasattr(weight, "full_tensor"):
         op, detail = "scaled_linear", "sharded, whole while its block runs; "
     elif plain_weight(base) is None:
         op, detail = "scaled_activation", f"{type(base).__name__} computes its own product; "

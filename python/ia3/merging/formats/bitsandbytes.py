@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...patching import named_input
+from ...patching import stand_in
 from . import Format, Parts, State, frozen_product, wants_gradient
 
 
@@ -61,10 +61,9 @@ class Int8Rows(Format):
         return {"scales": scales, "codes": codes}
 
 
-def linear4bit_forward(layer: Any, x: Tensor | None = None, **named: Tensor) -> Tensor:
+@stand_in
+def linear4bit_forward(layer: Any, x: Tensor) -> Tensor:
     """The output ``[*, out]`` of a ``Linear4bit`` for x ``[*, in]``, with a gradient for x in either layout."""
-    if x is None or named:
-        x = named_input(layer, "forward", x, named)
     run = functools.partial(type(layer).forward, layer)
     if not (wants_gradient(x) and getattr(layer.weight.quant_state, "packing_format_for_cpu", False)):
         own: Tensor = run(x)

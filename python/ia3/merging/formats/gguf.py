@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...patching import named_input
+from ...patching import stand_in
 from . import Format, Parts, State, frozen_product, wants_gradient
 
 # Of each GGUF type that transformers keeps packed, where in a block its fp16 scales lie (and that of its minima).
@@ -33,10 +33,9 @@ _GGUF_FIELDS: dict[str, tuple[int, ...]] = {
 }
 
 
-def gguf_forward(layer: Any, x: Tensor | None = None, **named: Tensor) -> Tensor:
+@stand_in
+def gguf_forward(layer: Any, x: Tensor) -> Tensor:
     """The output ``[*, out]`` of a ``GgufLinear`` for x ``[*, in]``, with a gradient for x."""
-    if x is None or named:
-        x = named_input(layer, "forward", x, named)
     if not wants_gradient(x):
         own: Tensor = type(layer).forward(layer, x)
         return own
