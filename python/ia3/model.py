@@ -51,12 +51,30 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _INJECTING = ("add_adapter", "load_adapter")
 
 
+def _forward_as(theirs: Any) -> Any:
+    """Return a ``forward`` with the signature of PEFT's, which Trainer and others read.
+
+    PEFT's own looks up the active adapter's configuration by name, for methods that prepend prompts; a compiled graph
+    would hold for that name only.
+    """
+
+    @functools.wraps(theirs.forward)
+    def forward(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return self.base_model.model(*args, **kwargs)
+        return self.base_model.forward_mixed(adapter_names, args, kwargs)
+
+    return forward
+
+
 @in_place_of(peft.PeftModel)
 class PeftModel(peft.PeftModel):
     """``peft.PeftModel`` with accelerated layers, whose checks come first, and whose errors leave no trace.
 
     Also the first base of the classes for tasks, whose second is PEFT's.
     """
+
+    forward = _forward_as(peft.PeftModel)
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> None:
         check_unadapted(model)
@@ -301,30 +319,42 @@ _KNOWN_TO_PEFT = nn.Conv2d | nn.Conv3d | peft_layer.Conv1D
 class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):
     """``peft.PeftModelForCausalLM`` with accelerated layers."""
 
+    forward = _forward_as(peft.PeftModelForCausalLM)
+
 
 @in_place_of(peft.PeftModelForSeq2SeqLM)
 class PeftModelForSeq2SeqLM(PeftModel, peft.PeftModelForSeq2SeqLM):
     """``peft.PeftModelForSeq2SeqLM`` with accelerated layers."""
+
+    forward = _forward_as(peft.PeftModelForSeq2SeqLM)
 
 
 @in_place_of(peft.PeftModelForSequenceClassification)
 class PeftModelForSequenceClassification(PeftModel, peft.PeftModelForSequenceClassification):
     """``peft.PeftModelForSequenceClassification`` with accelerated layers."""
 
+    forward = _forward_as(peft.PeftModelForSequenceClassification)
+
 
 @in_place_of(peft.PeftModelForTokenClassification)
 class PeftModelForTokenClassification(PeftModel, peft.PeftModelForTokenClassification):
     """``peft.PeftModelForTokenClassification`` with accelerated layers."""
+
+    forward = _forward_as(peft.PeftModelForTokenClassification)
 
 
 @in_place_of(peft.PeftModelForQuestionAnswering)
 class PeftModelForQuestionAnswering(PeftModel, peft.PeftModelForQuestionAnswering):
     """``peft.PeftModelForQuestionAnswering`` with accelerated layers."""
 
+    forward = _forward_as(peft.PeftModelForQuestionAnswering)
+
 
 @in_place_of(peft.PeftModelForFeatureExtraction)
 class PeftModelForFeatureExtraction(PeftModel, peft.PeftModelForFeatureExtraction):
     """``peft.PeftModelForFeatureExtraction`` with accelerated layers."""
+
+    forward = _forward_as(peft.PeftModelForFeatureExtraction)
 
 
 _MODELS: dict[str | None, Any] = {
@@ -430,7 +460,8 @@ def accelerate(model: _Model) -> _Model:
             if hasattr(type(model), name):
                 # A partial on the instance can be copied and pickled with the model, and deleted again.
                 setattr(model, name, functools.partial(_inject_and_install, model, name))
-    logger.info("accelerated:\n%s", report(model))
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("accelerated:\n%s", report(model))
     return model
 
 

@@ -214,23 +214,19 @@ class IA3Model(peft_tuner.IA3Model):
         if names is None:
             yield
             return
-        repeats = generation_repeats(self.model, args, kwargs)
-        batch = MixedBatch(self, names, repeats)
+        batch = MixedBatch(self, names, generation_repeats(self.model, args, kwargs))
         check_batch(names, args, kwargs)
-        if torch.compiler.is_compiling():
-            with batch:
-                yield
-            return
+        with batch:
+            yield
 
-        def check(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            check_batch(names, args, kwargs, repeats)  # PEFT's forward takes most arguments under names of its own
-
-        handle = self.model.register_forward_pre_hook(check, with_kwargs=True)
-        try:
-            with batch:
-                yield
-        finally:
-            handle.remove()
+    # A graph never sees the names: the model inside is compiled, this frame is not.
+    @torch.compiler.disable(recursive=False)
+    def forward_mixed(self, adapter_names: Sequence[str], args: Any, kwargs: Any) -> Any:
+        """Run the base model's ``forward`` on a batch whose sequences have these adapters."""
+        batch = MixedBatch(self, adapter_names)
+        check_batch(adapter_names, args, kwargs)
+        with batch:
+            return self.model(*args, **kwargs)
 
     def route(self, adapter_names: Sequence[str], repeats: int = 1) -> MixedBatch:
         """Return a block in which each sequence of a batch runs with the adapter named for it, in this thread.

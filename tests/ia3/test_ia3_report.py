@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.ia3 import IA3Layer
 from torch import nn
 
 import ia3
@@ -15,7 +16,7 @@ import ia3_kernels
 def test_every_layer_has_a_row(family: Any, adapted: Callable[..., ia3.PeftModel]) -> None:
     model = adapted(family)
     report = ia3.report(model)
-    layers = [name for name, module in model.get_base_model().named_modules() if type(module).__name__ == "IA3Layer"]
+    layers = [name for name, module in model.get_base_model().named_modules() if isinstance(module, IA3Layer)]
     assert [row.module for row in report.rows] == layers
     assert ia3.report(model.get_base_model()).rows == report.rows
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -273,18 +270,6 @@ def test_question_answering_is_evaluated_with_its_own_labels(kind: str, tmp_path
     start, end = trainer.predict(data[:6]).predictions
     assert start.shape == end.shape == (6, 10)
     assert patched(model) == 2
-
-
-def test_trainer_without_peft(tmp_path: Path) -> None:
-    """In a process of its own, where PEFT cannot be imported; see the script for what is checked there."""
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, str(SCRIPTS / "train_without_peft.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    model = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
-    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
-    torch.testing.assert_close(model(input_ids=expected["input_ids"]).logits, expected["logits"])
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
