@@ -149,7 +149,7 @@ class AdapterBank:
             return iter(list(self._adapters))
 
     def report(self) -> BankReport:
-        """What the bank holds, in adapters and bytes, and what it has done."""
+        """Return what the bank holds, in adapters and bytes, and what it has done."""
         with self._lock:
             adapters = list(self._adapters.values())
             outside = [adapter for adapter in adapters if adapter.slot is None]
@@ -179,7 +179,7 @@ class AdapterBank:
     ) -> None:
         """Put an adapter into a slot; where none is free, the least recently used adapter leaves its own.
 
-        source: the folder of a saved adapter, ours or PEFT's, or its name on a model hub; or the tensors by their keys
+        source: the folder of a saved adapter, or its name on a model hub; or the tensors by their keys
             in such a file. A layer it has no vector for is not scaled.
         pin: never evict it.
         replace: take the place of an adapter of this name; batches that are running with that one keep it.
@@ -324,7 +324,7 @@ class AdapterBank:
             self._misses += 1
 
     def _fill_slot(self, vectors: Tensor) -> int:
-        """A slot that nobody reads, with these vectors in it."""
+        """Return a slot that nobody reads, with these vectors in it."""
         if not self._free:
             self._evict()
         slot = self._free.pop()
@@ -383,7 +383,7 @@ class AdapterBank:
         self._sites = sites
 
     def _read(self, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Tensor:
-        """The checked vectors of an adapter, those of all layers side by side, in fp32 on the host."""
+        """Return the checked vectors of an adapter, those of all layers side by side, in fp32 on the host."""
         if isinstance(source, Mapping):
             tensors, where = source, "the state dict"
         elif isinstance(source, str | os.PathLike):
@@ -436,7 +436,7 @@ class Lease:
         self.scales: Mapping[nn.Module, Tensor | None] = dict(bank.scales)
 
     def rows(self, names: Sequence[str]) -> list[int]:
-        """The slots of these adapters, which are held now in place of those before; all of them or an error."""
+        """Return the slots of these adapters, which are held now in place of those before; all of them or an error."""
         bank, held = self._bank, dict[str, _Adapter]()
 
         def is_listed(name: str) -> bool:
@@ -471,7 +471,7 @@ class _Fences:
         self._read: dict[int, list[torch.cuda.Event]] = {}  # by slot: the ends of the batches that read it
 
     def note_read(self, slot: int, matrices: Sequence[Tensor]) -> None:
-        """The kernels that this thread has launched so far may read the slot; a later write has to wait for them."""
+        """Let a later write of the slot wait for the kernels that this thread has launched so far."""
         devices = {matrix.device for matrix in matrices if matrix.is_cuda}
         if devices:
             running = [event for event in self._read.pop(slot, []) if not event.query()]
@@ -479,7 +479,7 @@ class _Fences:
 
     @contextmanager
     def writing(self, slot: int, matrices: Sequence[Tensor]) -> Iterator[None]:
-        """Around the copies into a slot, which are done at the end, for every stream to see."""
+        """Wait for the slot's readers before the copies into it, and for the copies at the end."""
         for event in self._read.pop(slot, []):
             event.synchronize()
         yield
@@ -504,4 +504,4 @@ def _read_file(path: Path) -> Tensor:
 
 
 def _nothing() -> None:
-    """What a copied or unpickled bank is."""
+    """Stand for a copied or unpickled bank."""

@@ -120,7 +120,7 @@ _BY_FUNCTION = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"), (torch.rel
 
 
 def activation_name(activation: Any) -> str | None:
-    """Our name of a transformers or torch activation, module or function; ``None`` where we have none."""
+    """Return the kernels' name of a transformers or torch activation, module or function; ``None`` for others."""
     kind = type(activation)
     name = _BY_CLASS.get(kind)
     if name is None and kind is nn.GELU:
@@ -131,13 +131,13 @@ def activation_name(activation: Any) -> str | None:
 
 
 def _reads(kind: type, method: str) -> frozenset[str] | None:
-    """The names that a class's method reads: attributes and globals."""
+    """Return the names that a class's method reads: attributes and globals."""
     code = getattr(getattr(kind, method, None), "__code__", None)
     return None if code is None else frozenset(code.co_names)
 
 
 def row_of(block: nn.Module) -> Row | None:
-    """The row that describes ``block``, or ``None``."""
+    """Return the row that describes ``block``, or ``None``."""
     for row in ROWS:
         if _reads(type(block), row.method) != row.reads:
             continue

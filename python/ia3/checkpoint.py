@@ -111,7 +111,7 @@ def read_tensors(folder: Path, key_mapping: Mapping[str, str] | None = None) -> 
 
 
 def _damage(data: bytes) -> str | None:
-    """Which tensor a file cut short lacks, told from its header; ``None`` where the header says nothing."""
+    """Return which tensor a file cut short lacks, told from its header; ``None`` where the header says nothing."""
     start = 8 + int.from_bytes(data[:8], "little")
     if len(data) < max(start, 8):
         return f"it ends after {len(data)} bytes, inside its header"

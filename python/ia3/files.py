@@ -16,7 +16,7 @@ from .errors import IA3Error
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A new, empty folder next to ``path`` (so on the same file system), gone at the end."""
+    """Yield a new, empty folder next to ``path`` (so on the same file system), gone at the end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

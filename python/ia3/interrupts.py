@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def held_back() -> Iterator[Callable[[], None]]:
-    """Within the block SIGINT waits; the function that it gives lets a waiting one through, and so does its end.
+    """Let SIGINT wait within the block; the function that it yields lets a waiting one through, and so does its end.
 
     Python raises ``KeyboardInterrupt`` between any two instructions: after a weight is scaled in place, and before what
     undoes that is noted. Threads other than the main one are never interrupted, and have nothing to hold back.

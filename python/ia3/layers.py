@@ -57,7 +57,7 @@ def routing_of(layer: nn.Module) -> Routing | None:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether calling ``module`` does no more than its class's ``forward``: no hooks, no ``forward`` of its own."""
+    """Return whether calling ``module`` runs its class's ``forward`` alone: no hooks, no function in its place."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -69,13 +69,13 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def _runs_own_forward(module: nn.Module) -> bool:
-    """Whether nothing but :func:`linear_forward`, which computes the same, stands in for the class's ``forward``."""
+    """Return whether nothing stands in for the class's ``forward`` but :func:`linear_forward`."""
     patch = module.__dict__.get("forward")
     return patch is None or getattr(patch, "func", None) is linear_forward
 
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
-    """The weight ``[out, in]`` of an untouched ``nn.Linear`` or ``Conv1D`` (its transpose, uncopied), else ``None``.
+    """Return the weight ``[out, in]`` of an untouched ``nn.Linear`` or ``Conv1D`` (a transposed view), else ``None``.
 
     ``None`` for subclasses and for weights of other tensor types too (quantized, distributed, parametrized): their
     own ``forward`` knows what to do.
@@ -91,7 +91,7 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
 
 @patching.stand_in
 def linear_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """What ``forward`` of an ``nn.Linear`` or ``Conv1D`` computes, through our matmul where that is the faster one."""
+    """Compute what ``forward`` of an ``nn.Linear`` or ``Conv1D`` does, in ``scaled_linear`` where that is faster."""
     weight = layer._parameters.get("weight")  # replicas for several devices have none
     y: Tensor
     if weight is None or not _gains(weight):
@@ -103,7 +103,7 @@ def linear_forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _gains(weight: Tensor) -> bool:
-    """Whether our matmul is faster than torch's for a frozen weight: on CPUs, in 16 bits.
+    """Return whether ``scaled_linear`` is faster than torch for a frozen weight: on CPUs, in 16 bits.
 
     In fp32 it is for few rows, but there a model without its adapters is to be the base model to the last bit.
     """
@@ -113,7 +113,7 @@ def _gains(weight: Tensor) -> bool:
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, through our matmul where that computes the same."""
+    """Return ``layer(x)``, through ``scaled_linear`` where that computes the same."""
     weight = plain_weight(layer)
     y: Tensor = layer(x) if weight is None else scaled_linear(x, weight, layer._parameters["bias"])
     return y
@@ -225,7 +225,7 @@ def _trains_merged(layer: Any) -> bool:
 
 
 def _scale_channels(base: nn.Module, x: Tensor, scale: Tensor, index: Tensor | None) -> Tensor:
-    """``x ∘ scale`` along the dimension that ``base`` reads and writes its features in."""
+    """Return ``x ∘ scale`` along the dimension that ``base`` reads and writes its features in."""
     if not isinstance(base, CONVOLUTIONS):
         return scaled_activation(x, scale, "identity", index)
     spatial = base.weight.dim() - 2  # x is [N, C, *spatial] or [C, *spatial]

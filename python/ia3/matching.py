@@ -150,7 +150,7 @@ def _any_of(paths: Iterable[str]) -> str:
 
 
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without the inside of layers and heads that already carry adapters."""
+    """Return ``model.named_modules()`` without the inside of layers and heads that already carry adapters."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if not path or path.startswith(inside):
@@ -168,7 +168,7 @@ def carriers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def model_type(model: nn.Module) -> str | None:
-    """The ``model_type`` of a transformers model's configuration, or ``None``."""
+    """Return the ``model_type`` of a transformers model's configuration, or ``None``."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
@@ -198,12 +198,12 @@ def _read_by(model: nn.Module, path: str) -> str | None:
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
-    """The last components of the linear layers' names, each once, in the model's order."""
+    """Return the last components of the linear layers' names, each once, in the model's order."""
     return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if features(module)))
 
 
 def _suggestion(model: nn.Module, modules: dict[str, nn.Module], wanted: Iterable[str]) -> str:
-    """What to do about names that the model lacks."""
+    """Return what to do about names that the model lacks."""
     fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
     if fused:
         return (
@@ -230,7 +230,7 @@ def _unknown_names(field: str, names: Iterable[str], model: nn.Module, modules: 
 
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config) -> list[str]:
-    """Every linear layer but the output layer."""
+    """Return every linear layer but the output layer."""
     getter: Any = getattr(model, "get_output_embeddings", lambda: None)
     output = getter()
     if output is None and config.task_type == TaskType.SEQ_CLS:
@@ -243,7 +243,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Conf
 
 
 def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA3Config, strict: bool) -> list[str]:
-    """The names that ``target_modules`` matches, before exclusion."""
+    """Return the names that ``target_modules`` matches, before exclusion."""
     targets = config.target_modules
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
@@ -284,14 +284,14 @@ def _is_excluded(path: str, config: IA3Config) -> bool:
 
 
 def is_feedforward(path: str, feedforward: set[str] | list[str] | str | None) -> bool:
-    """Whether ``feedforward_modules`` means the module of this name, whose input is scaled then."""
+    """Return whether ``feedforward_modules`` means the module of this name, whose input is scaled then."""
     if isinstance(feedforward, str):
         return re.fullmatch(feedforward, path) is not None
     return any(path.endswith(entry) for entry in feedforward or ())
 
 
 def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
-    """A copy with the default targets of the model's type and the heads of the task filled in."""
+    """Return a copy with the default targets of the model's type and the heads of the task filled in."""
     config = copy.deepcopy(config)
     kind = model_type(model)
     known = DEFAULT_MODULES.get(kind or "")
@@ -317,7 +317,7 @@ def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
 
 
 def _storable_feedforward(config: IA3Config, paths: list[str]) -> set[str] | str:
-    """The default feed-forward names in a form that a saved configuration may hold beside an explicit target list.
+    """Return the default feed-forward names in a form that may be saved beside an explicit list of targets.
 
     A list has to be a subset of ``target_modules``; where the targets that are meant cannot be told apart by their
     entries, a regular expression says the same.
@@ -333,7 +333,7 @@ def _storable_feedforward(config: IA3Config, paths: list[str]) -> set[str] | str
 
 
 def _saved_modules(model: nn.Module, config: IA3Config, explicit: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    """The modules that ``modules_to_save`` means: those whose names end with an entry."""
+    """Return the modules that ``modules_to_save`` means: those whose names end with an entry."""
     entries = config.modules_to_save or []
     found: list[tuple[str, nn.Module]] = []
     for path, module in named_base_modules(model):
@@ -429,7 +429,7 @@ def _check_feedforward(
 
 
 def _corrected_fan_in_fan_out(config: IA3Config, targets: tuple[Target, ...]) -> bool:
-    """Whether weights are stored ``[in, out]``, told from the layers; a configuration that says otherwise is warned."""
+    """Return whether weights are stored ``[in, out]``; warns where the configuration says otherwise."""
     bases = [base_of(target.module) for target in targets]
     has_conv1d = any(isinstance(base, Conv1D) for base in bases)
     if config.fan_in_fan_out != has_conv1d:

@@ -21,7 +21,7 @@ from .layers import ScaledLayer, effective_scale, is_untouched, plain_weight, pr
 
 
 def obstacle(block: nn.Module, row: Row) -> str | None:
-    """Why ``block`` must not run fused at this moment; ``None`` where nothing speaks against it.
+    """Return why ``block`` must not run fused at this moment; ``None`` where it may.
 
     Asked before every call, because hooks, adapters and other libraries' patches come and go.
     """
@@ -55,7 +55,7 @@ class UpProjection:
 
 
 def up_projections(model: nn.Module) -> dict[int, UpProjection | str]:
-    """For each down projection in a block of the table, by identity: the up projection that can take its input vector.
+    """Return, by the identity of each down projection in a block of the table, the up projection for its input vector.
 
     ``down((act(gate) ∘ up) ∘ scale) = down(act(gate) ∘ (up ∘ scale))``, for any vector. A sentence's end instead where
     that does not hold.
@@ -81,7 +81,7 @@ def up_projections(model: nn.Module) -> dict[int, UpProjection | str]:
 
 
 def _runs_method(block: nn.Module, row: Row) -> bool:
-    """Whether the block computes what its class's method does: by itself, by our patch, or inside accelerate's hook."""
+    """Return whether the block computes what its class's method does: itself, patched, or in accelerate's hook."""
     own = block.__dict__.get("_old_forward" if "_hf_hook" in block.__dict__ else row.method)
     is_patch = isinstance(own, functools.partial) and own.func is fused_forward
     return own is None or is_patch or getattr(own, "__func__", None) is getattr(type(block), row.method)
@@ -89,7 +89,7 @@ def _runs_method(block: nn.Module, row: Row) -> bool:
 
 @patching.stand_in
 def fused_forward(block: nn.Module, row: Row, x: Tensor) -> Tensor:
-    """What the class's method computes, with ``scale`` inside the activation kernel; x ``[*, hidden]``.
+    """Return what the class's method computes, with ``scale`` inside the activation kernel; x ``[*, hidden]``.
 
     ``down(act(gate(x)) ∘ up(x) ∘ scale)``, or ``down(act(up(x)) ∘ scale)`` without a gate. With no active vector, or
     something in the way, it is the class's own method.
@@ -191,7 +191,7 @@ def _run_as_one(inner: Any, down: Any, row: Row, x: Tensor, scale: Tensor, activ
 
 
 def patch_of(block: nn.Module) -> Row | None:
-    """The row by which ``block`` is patched, or ``None``."""
+    """Return the row by which ``block`` is patched, or ``None``."""
     for row in ROWS:
         patch = block.__dict__.get(row.method)
         if isinstance(patch, functools.partial) and patch.func is fused_forward:

@@ -106,12 +106,12 @@ class PeftModel(peft.PeftModel):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter takes part in the computation."""
+        """Return whether an adapter takes part in the computation."""
         return bool(self.active_adapters) and not self._adapters_disabled
 
     @property
     def active_peft_config(self) -> Any:
-        """The configuration of the (first) active adapter; one that means nothing where none is left."""
+        """Return the configuration of the (first) active adapter; one that means nothing where none is left."""
         return self.peft_config.get(self.active_adapter) or IA3Config()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -293,7 +293,7 @@ def _check_file(
 
 @contextmanager
 def _injecting(plan: Plan) -> Iterator[None]:
-    """Within the block, targets that are linear but for their class are what PEFT takes for a linear layer.
+    """Show PEFT, within the block, linear layers where targets are linear but for their class.
 
     What PEFT says of nothing that a user did is not passed on; of ``fan_in_fan_out`` the plan has said what there is.
     """

@@ -44,7 +44,7 @@ def unbind(module: nn.Module, method: str) -> None:
 
 
 def _replicate(module: nn.Module) -> nn.Module:
-    """The class's replica, which has copies of our partials: bound to itself, where they find its parameters."""
+    """Return the class's replica, whose partials are bound to itself, where they find its parameters."""
     replica: nn.Module = getattr(type(module), _REPLICATE)(module)
     for name, value in module.__dict__.items():
         if isinstance(value, functools.partial) and value.args and value.args[0] is module:
@@ -53,7 +53,7 @@ def _replicate(module: nn.Module) -> nn.Module:
 
 
 def is_replaced(layer: nn.Module) -> bool:
-    """Whether ``layer`` runs anything but its class's ``forward``, inside of accelerate's hooks if it has them."""
+    """Return whether ``layer`` runs anything but its class's ``forward``, inside of accelerate's hooks if any."""
     inner = layer.__dict__.get("_old_forward" if "_old_forward" in layer.__dict__ else "forward")
     return inner is not None and getattr(inner, "__func__", None) is not type(layer).forward
 

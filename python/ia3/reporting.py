@@ -59,7 +59,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
-    """For each down projection in a block of the table, by identity: the block and its row."""
+    """Return the block and its row, by the identity of each down projection in a block of the table."""
     found = {}
     for block in model.modules():
         row = patch_of(block) or row_of(block)
@@ -70,7 +70,7 @@ def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
 
 
 def _merged(layer: Any) -> str:
-    """That a layer's vectors are merged, and where they went if it is quantized."""
+    """Return that a layer's vectors are merged, and where they went if it is quantized."""
     state = getattr(layer, "_merge_state", None)  # none where PEFT merged
     if state is None or state.placement is None:
         return "merged"
@@ -106,7 +106,7 @@ def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dty
             block, row = place
             in_the_way = obstacle(block, row)
             if in_the_way is None and patch_of(block) is None:
-                in_the_way = f"{row.method} of the block is not our patch"
+                in_the_way = f"{row.method} of the block is another library's"
             if in_the_way is None:
                 op = "gated_activation" if row.is_joined or row.gate is not None else "scaled_activation"
                 choice = ia3_kernels.explain(op, device.type, dtype)

@@ -25,9 +25,9 @@ _CLASSES: dict[type, type] = {}
 def in_place_of(theirs: type) -> Any:
     """Return a class decorator: objects of ``theirs`` get the decorated class, their subclass."""
 
-    def register(ours: _Class) -> _Class:
-        _CLASSES[theirs] = ours
-        return ours
+    def register(accelerated: _Class) -> _Class:
+        _CLASSES[theirs] = accelerated
+        return accelerated
 
     return register
 
@@ -77,7 +77,7 @@ def _part_shared(model: nn.Module) -> None:
 
 def give_back_classes(model: nn.Module) -> None:
     """Give the objects in ``model`` PEFT's classes back."""
-    originals = {ours: theirs for theirs, ours in _CLASSES.items()}
+    originals = {accelerated: theirs for theirs, accelerated in _CLASSES.items()}
     for module in model.modules():
         theirs = originals.get(type(module))
         if theirs is not None:
@@ -87,7 +87,7 @@ def give_back_classes(model: nn.Module) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """After an exception within the block: the same modules and parameters, the same ``requires_grad``."""
+    """Put modules, parameters and ``requires_grad`` back as they were if the block raises."""
     before = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = model.__dict__.get("peft_config")

@@ -209,7 +209,7 @@ class IA3Model(peft_tuner.IA3Model):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Around ``forward`` and ``generate`` of PEFT's models: ``adapter_names``, which PEFT has for LoRA only."""
+        """Route ``adapter_names`` around ``generate`` of PEFT's models; PEFT has them for LoRA only."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield

@@ -16,14 +16,14 @@ from .finetune import Finetune
 from .generate import Generate
 from .options import DTYPES, one_of
 
-# Everything here works on local files: no library may ask the network, or draw progress bars beside ours.
+# Everything here works on local files: no library may ask the network, or draw progress bars.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",
 }
-# What packages that transformers and PEFT import say of themselves, by logger: no reader of ours can act on it.
+# What packages that transformers and PEFT import say of themselves, by logger: no user can act on it.
 NOISE = {
     "torchao": "Failed to load",  # its kernels of other Python versions and of GPUs; the others load
     "torch.utils._pytree": "Enum subclass",  # torchao, as it registers two of its classes with torch
@@ -42,7 +42,7 @@ app.command("generate")(Generate)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on `arguments` (default: the process's).
 
-    Returns the exit code: 0, 2 for an error of the user's, 1 for one of ours, 130 for Ctrl-C.
+    Returns the exit code: 0, 2 for an error of the user's, 1 for a bug, 130 for Ctrl-C.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -103,7 +103,7 @@ def _terminated_cleanly() -> Iterator[None]:
 
     try:
         previous = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: signals are not ours to handle
+    except ValueError:  # not the main thread: signals are another's to handle
         yield
         return
     try:

@@ -167,7 +167,7 @@ class Watch(TrainerCallback):
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self._stop)
-        except ValueError:  # not the main thread: signals are not ours to handle
+        except ValueError:  # not the main thread: signals are another's to handle
             pass
 
     def __exit__(self, *_: object) -> None:

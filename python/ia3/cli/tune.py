@@ -72,7 +72,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _shapes_of(folder: Path) -> set[tuple[str, int, int, bool]]:
-    """The ``(side, out, in, is_transposed)`` that the default targets of the model in ``folder`` scale."""
+    """Return the ``(side, out, in, is_transposed)`` that the default targets of the model in ``folder`` scale."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

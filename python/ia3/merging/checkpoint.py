@@ -57,7 +57,7 @@ class MergePlan:
 
 
 def merged_adapters(folder: Path) -> dict[str, str]:
-    """The names of the adapters that were merged into the checkpoint in a folder, by the digests of their tensors."""
+    """Return the names of the adapters that a checkpoint's folder says it holds, by the digests of their tensors."""
     found = read_json(folder / "config.json").get(_MERGED_KEY) if (folder / "config.json").is_file() else None
     return {str(digest): str(name) for digest, name in found.items()} if isinstance(found, dict) else {}
 
@@ -139,7 +139,7 @@ class _Names:
                 self._homes[name].append(entry)
 
     def _loaded(self, stored: str) -> tuple[str, bool]:
-        """The model's name for a stored tensor, and whether loading changes more of it than its name."""
+        """Return the model's name for a stored tensor, and whether loading changes more of it than its name."""
         if self.model is None:
             return stored, False
         last = self.model.base_model_prefix, self._parameters
@@ -149,16 +149,16 @@ class _Names:
         return name, pattern is not None
 
     def own(self, name: str) -> str:
-        """The model's name for an adapter's: its own, one of an older release, or with the base model's prefix."""
+        """Return the model's name for an adapter's: its own, an older release's, or with the base model's prefix."""
         return name if name in self._parameters else self._loaded(name)[0]
 
     def stored(self, name: str) -> list[Entry]:
-        """What is stored for this name of the model's, or for another of the same parameter."""
+        """Return what is stored for this name of the model's, or for another of the same parameter."""
         aliases = self._tied.get(name, ())
         return self._homes.get(name) or [entry for alias in aliases for entry in self._homes.get(alias, ())]
 
     def entry(self, name: str, what: str) -> Entry:
-        """The place of a tensor that can be scaled; raises :class:`IA3Error`, about ``what`` of the adapter's."""
+        """Return the place of a tensor that can be scaled; raises :class:`IA3Error` about ``what``."""
         found, folder = self.stored(name), self.checkpoint.folder
         if not found:
             raise IA3Error(
@@ -190,7 +190,7 @@ class _Names:
 
 
 def _model_without_values(checkpoint: Checkpoint) -> Any:
-    """The model that config.json describes, on the meta device; ``None`` where transformers does not have its class."""
+    """Return the model that config.json describes, on the meta device; ``None`` where transformers lacks its class."""
     names = checkpoint.config.get("architectures")
     kind: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
@@ -206,7 +206,7 @@ def _model_without_values(checkpoint: Checkpoint) -> Any:
 
 
 def _scaled(names: _Names, config: IA3Config, key: str, vector: Tensor) -> list[Change]:
-    """What a vector changes: its layer's weight and, where it scales outputs, bias."""
+    """Return what a vector changes: its layer's weight and, where it scales outputs, bias."""
     path = key.removesuffix(_VECTOR_SUFFIX)
     what, name, bias = f"the vector of {path!r}", names.own(f"{path}.weight"), names.own(f"{path}.bias")
     entry = names.entry(name, what)
@@ -240,7 +240,7 @@ def _scaled(names: _Names, config: IA3Config, key: str, vector: Tensor) -> list[
 
 
 def _replaced(names: _Names, config: IA3Config, key: str, tensor: Tensor) -> list[Change]:
-    """What a tensor that the adapter holds whole (``modules_to_save``) takes the place of, in the base's dtype."""
+    """Return what a tensor of ``modules_to_save`` takes the place of, in the base's dtype."""
     what, name = f"what the adapter holds whole, {key!r},", names.own(key)
     entry = names.entry(name, what)
     # What save_pretrained adds of embeddings is as the model has them, ties included; what was trained breaks them.

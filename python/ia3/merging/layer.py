@@ -1,4 +1,4 @@
-"""What the parameters of one layer hold, and how they get from one vector to another, in place and to the bit.
+"""What the parameters of one layer hold, and how they get from one vector to another, in place and bit-exactly.
 
 Each function here changes a layer wholly or, after an exception, not at all.
 """
@@ -51,19 +51,19 @@ class MergeState:
 
     @property
     def shared(self) -> set[str]:
-        """The names of parameters that others use as well."""
+        """Return the names of parameters that others use as well."""
         return {name for name, state in self.parameters.items() if state.original is not None}
 
 
 def scaled_parameters(layer: Any) -> Iterator[tuple[str, int]]:
-    """The names of the parameters that a layer's vectors scale, and along which dimension: 0, the outputs; 1."""
+    """Return the names of the parameters that a layer's vectors scale, and along which dimension: 0, the outputs; 1."""
     yield "weight", 1 if layer.is_feedforward else 0
     if not layer.is_feedforward and layer.base_layer._parameters.get("bias") is not None:
         yield "bias", 0
 
 
 def as_stored(base: nn.Module, parameter: Tensor) -> Tensor:
-    """A view of a parameter with outputs first: ``Conv1D`` stores its weight the other way round."""
+    """Return a view of a parameter with outputs first: ``Conv1D`` stores its weight the other way round."""
     return parameter.detach().t() if isinstance(base, Conv1D) and parameter.dim() == 2 else parameter.detach()
 
 
@@ -192,7 +192,7 @@ def resume_layer(layer: Any) -> None:
 @contextlib.contextmanager
 @torch.no_grad()
 def unmerged(layer: Any) -> Iterator[None]:
-    """Within the block the layer's parameters hold nothing; what they held is put back where they are then."""
+    """Take out what the layer's parameters hold for the block, and put it back where they are then."""
     state = layer._merge_state
     if state is None or not state.is_exact:
         yield

@@ -1,4 +1,4 @@
-"""Vectors multiplied into the weights where they lie, and out again to the bit, over all layers of a model or none.
+"""Vectors multiplied into the weights where they lie, and out again bit-exactly, over all layers of a model or none.
 
 What undoing takes is one bit a weight (``ia3_kernels.merge_``). Every merge is made so that it can be undone, because
 an error in one layer must leave those before it as they were; where nobody wants to unmerge, the bits are dropped
@@ -106,7 +106,7 @@ def _runs_methods_of(kind: Any, subclass: Any) -> bool:
 
 
 def _to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
-    """The adapters of ``layer`` that the names mean (the active ones) and that its weight does not hold yet."""
+    """Return the adapters of ``layer`` that the names mean (the active ones) and that its weight does not hold yet."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [name for name in names if name in layer.ia3_l and name not in layer.merged_adapters]
 
@@ -116,13 +116,13 @@ def _change(path: str, layer: Any, names: list[str]) -> _Change:
 
 
 def _product(layer: Any, names: Iterable[str]) -> Tensor:
-    """The product of these adapters' vectors, ``[n]``, in fp32 (fp64 where they are); a copy, since vectors change."""
+    """Return a copy of the product of these adapters' vectors, ``[n]``, in fp32 (fp64 where they are)."""
     product = functools.reduce(torch.mul, (_wide(vector.detach()) for vector in vectors_of(layer, names)))
     return product.reshape(-1).clone()
 
 
 def _wide(values: Tensor) -> Tensor:
-    """At least fp32, so that a product is rounded to 16 bits once."""
+    """Return the values in fp32 at least, so that a product is rounded to 16 bits once."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -139,14 +139,14 @@ def _check_finite(path: str, layer: Any, names: Sequence[str], scale: Tensor) ->
 
 
 def _address(parameter: Tensor) -> tuple[Any, int]:
-    """The same for parameters that share their memory, whether or not they are the same object."""
+    """Return the same for parameters that share their memory, whether or not they are the same object."""
     is_plain = type(parameter) in (nn.Parameter, Tensor) and not parameter.is_meta
     place = parameter.data_ptr() if is_plain else 0
     return (parameter.device, place) if place else ("object", id(parameter))
 
 
 def _uses(model: nn.Module) -> Counter[tuple[Any, int]]:
-    """How many modules use each parameter; an original that a scaled copy stands in for is in use too."""
+    """Return how many modules use each parameter; an original that a scaled copy stands in for is in use too."""
     uses = Counter(_address(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for module in model.modules():
         now: MergeState | None = getattr(module, "_merge_state", None) if isinstance(module, ScaledLayer) else None
@@ -156,7 +156,7 @@ def _uses(model: nn.Module) -> Counter[tuple[Any, int]]:
 
 
 def _shared(layer: Any, uses: Counter[tuple[Any, int]]) -> set[str]:
-    """The names of the parameters of an unmerged layer that others use too."""
+    """Return the names of the parameters of an unmerged layer that others use too."""
     parameters = layer.base_layer._parameters
     return {name for name, _ in scaled_parameters(layer) if uses[_address(parameters[name])] > 1}
 
@@ -276,7 +276,7 @@ def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) 
 
 
 def _placements_of(changes: Iterable[_Change]) -> dict[str, Placement]:
-    """Where the vectors of quantized layers are now."""
+    """Return where the vectors of quantized layers are now."""
     found = ((path, layer._merge_state) for path, layer, _, _ in changes)
     return {path: now.placement for path, now in found if now is not None and now.placement is not None}
 
@@ -304,7 +304,7 @@ def _drop_residuals(layer: Any) -> None:
 
 
 def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
-    """Take the vectors out of every base layer, to the bit. All or nothing; raises :class:`IA3Error`."""
+    """Take the vectors out of every base layer, bit-exactly. All or nothing; raises :class:`IA3Error`."""
     found = [(path, layer) for path, layer in layers if layer.merged]
     if not found:
         warnings.warn("there is nothing to unmerge.", stacklevel=3)

@@ -65,7 +65,7 @@ class _Scales:
 
 
 def find_placement(path: str, layer: Any, up: UpProjection | str | None, requantize: bool) -> Placement:
-    """Where the vectors of ``layer`` go, whose base is quantized.
+    """Return where the vectors of ``layer`` go, whose base is quantized.
 
     up: for a feed-forward layer the up projection that feeds it, or why there is none.
     requantize: quantize anew where there is no exact way.
@@ -107,7 +107,7 @@ def find_placement(path: str, layer: Any, up: UpProjection | str | None, requant
 
 
 def _obstacle(layer: nn.Module) -> str | None:
-    """Why the rows of ``layer`` cannot be scaled, as the end of a sentence; ``None`` where they can."""
+    """Return why the rows of ``layer`` cannot be scaled, as the end of a sentence; ``None`` where they can."""
     known = format_of(layer)
     if known is None:
         return "which is not quantized in a way that ia3 knows"
@@ -198,7 +198,7 @@ def _scale(layer: Any, factors: dict[str, tuple[Placement, Tensor]]) -> _Scales:
 
 
 def _product(layer: Any, factors: dict[str, tuple[Placement, Tensor]], is_input: bool) -> Tensor | None:
-    """The product of the vectors on one side, ``[out, 1]`` or ``[in]``; ``None`` where there is none."""
+    """Return the product of the vectors on one side, ``[out, 1]`` or ``[in]``; ``None`` where there is none."""
     product: Tensor | None = None
     device = layer._parameters["weight"].device
     for placement, scale in factors.values():
@@ -226,7 +226,7 @@ def _live_scales(layer: nn.Module) -> Tensor:
 
 
 def _fingerprint(scales: Tensor) -> tuple[int, int]:
-    """A checksum of the bits of fp32 scales, and of those that they have once rounded to bf16.
+    """Return a checksum of the bits of fp32 scales, and of those that they have once rounded to bf16.
 
     bitsandbytes rounds them when it lays a weight out for some CPUs, which is no reason for an alarm.
     """
@@ -245,7 +245,7 @@ def check_unwritten(placement: Placement, names: Sequence[str]) -> None:
 
 
 def error_of(placement: Placement) -> float | None:
-    """The relative error of a weight that was quantized anew; ``None`` where the codes are as they were."""
+    """Return the relative error of a weight that was quantized anew; ``None`` where the codes are as they were."""
     kept: _Scales | None = placement.module.__dict__.get(_ATTRIBUTE)
     return None if kept is None else kept.error
 

@@ -73,7 +73,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """What a copy takes on a disk."""
+        """Return what a copy takes on a disk."""
         return sum(path.stat().st_size for path in (*self.shards, *self.others))
 
 
@@ -115,7 +115,7 @@ class Change:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises :class:`IA3Error`."""
+    """Return the JSON object in a file; raises :class:`IA3Error`."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -32,7 +32,7 @@ def generate_batch(
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """The base model's ``generate_batch`` with an adapter for each of ``inputs``; its results, in their order.
+    """Return the base model's ``generate_batch`` with an adapter for each of ``inputs``; its results, in their order.
 
     Blocks of the cache are never shared between requests of a common prefix: its keys and values are those of an
     adapter. Raises :class:`IA3Error`, before anything runs; what fails later is in the results' ``error``.
@@ -69,7 +69,7 @@ def generate_batch(
 
 
 def _collect(manager: Any, count: int) -> dict[str, Any]:
-    """The finished requests, those of one input together and in the order of the inputs."""
+    """Return the finished requests, those of one input together and in the order of the inputs."""
     total, finished = count * manager.num_return_sequences, dict[str, Any]()
     while len(finished) < total:
         result = manager.get_result(timeout=1)
@@ -129,7 +129,7 @@ def _routed(model: nn.Module, manager: Any, scales: Mapping[nn.Module, Tensor | 
 
 
 def _token_rows(rows: Tensor, ends: Tensor, input_ids: Tensor) -> Tensor:
-    """The adapter of every token, ``[1, tokens]``, from each sequence's and where it ends, ``[0, n_1, n_1 + n_2, …]``.
+    """Return each token's adapter, ``[1, tokens]``, from each sequence's and where it ends, ``[0, n_1, n_1 + n_2, …]``.
 
     What pads a batch of fixed size comes after the last sequence, and takes the last one's.
     """

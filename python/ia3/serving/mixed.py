@@ -53,7 +53,7 @@ class Source(Protocol):
     scales: Mapping[nn.Module, Tensor | None]
 
     def rows(self, names: Sequence[str]) -> list[int]:
-        """The row of each of these adapters, held for the batch until other names are asked for."""
+        """Return the row of each of these adapters, held for the batch until other names are asked for."""
 
     def close(self) -> None:
         """Let go of the adapters."""
@@ -79,7 +79,7 @@ class MixedBatch:
 
     @property
     def index(self) -> Tensor:
-        """The row that each sequence takes, ``[sequences]`` int32: what every layer reads, on the model's device."""
+        """Return the row that each sequence takes, ``[sequences]`` int32 on the model's device: what layers read."""
         return self._open().index
 
     def assign(self, adapter_names: Sequence[str]) -> None:
@@ -134,7 +134,7 @@ class MixedBatch:
 
 
 def checked_names(adapter_names: Any) -> list[str]:
-    """The names as a list; raises :class:`IA3Error` for anything that is not a list of names."""
+    """Return the names as a list; raises :class:`IA3Error` for anything that is not a list of names."""
     if not isinstance(adapter_names, list | tuple) or not all(isinstance(name, str) for name in adapter_names):
         raise IA3Error(
             f"adapter_names is {adapter_names!r}; expected a list with the name of an adapter for each sequence of the "
@@ -146,7 +146,7 @@ def checked_names(adapter_names: Any) -> list[str]:
 
 
 def unknown_name(name: str, known: Iterable[str], place: str) -> IA3Error:
-    """What to say about an adapter that is nowhere, with names like it: there may be thousands."""
+    """Return what to say about an adapter that is nowhere, with names like it: there may be thousands."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
     listed = ", ".join(repr(other) for other in near) + (f" among {len(names)}" if len(names) > len(near) else "")
@@ -179,7 +179,7 @@ def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 
 
 def generation_repeats(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many copies of each prompt ``generate`` makes: one for each beam or returned sequence."""
+    """Return how many copies of each prompt ``generate`` makes: one for each beam or returned sequence."""
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     configs = [config for config in (given, getattr(model, "generation_config", None)) if config is not None]
 
@@ -236,7 +236,7 @@ def _check_state(tuner: Any, sites: Sites) -> None:
 
 
 def open_source(tuner: Any, names: Sequence[str]) -> Source:
-    """Where these adapters' vectors are: the model itself or its bank; to be closed. Raises :class:`IA3Error`."""
+    """Return where these adapters' vectors are, to be closed: the model or its bank. Raises :class:`IA3Error`."""
     sites = tuner.sites()
     _check_state(tuner, sites)
     bank, own = tuner.bank, tuner.peft_config

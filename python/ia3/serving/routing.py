@@ -49,7 +49,7 @@ class RowRouting:
         self._expanded: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def scale_of(self, layer: nn.Module, x: Tensor, batch_shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-        """The scale of ``layer`` and its ``adapter_index`` of shape ``batch_shape``; no index for a vector ``[n]``.
+        """Return the scale of ``layer`` and its ``adapter_index`` of shape ``batch_shape``; for a vector, no index.
 
         Rows that all take one adapter get its vector, rows of the base model alone nothing. A graph that is being
         compiled or captured is to hold for every mix, and always gets the index.
@@ -76,7 +76,7 @@ class RowRouting:
         return vector, None
 
     def _expand(self, batch_shape: torch.Size, device: torch.device) -> Tensor:
-        """The index for rows of this shape, contiguous: every position takes its sequence's adapter."""
+        """Return the index for rows of this shape, contiguous: every position takes its sequence's adapter."""
         copies = self._copies(batch_shape)
         index = self.index.to(device)
         if copies != 1:
@@ -84,7 +84,7 @@ class RowRouting:
         return index.view(-1, *(1,) * (len(batch_shape) - 1)).expand(batch_shape).contiguous()
 
     def _copies(self, batch_shape: torch.Size) -> int:
-        """How many of the first dimension's entries belong to each sequence."""
+        """Return how many of the first dimension's entries belong to each sequence."""
         sequences, rows = self.index.shape[0], batch_shape[0] if len(batch_shape) else 0
         if rows == sequences:
             return 1

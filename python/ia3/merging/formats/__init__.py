@@ -43,20 +43,20 @@ class Format(ABC):
 
     @classmethod
     def holds(cls, layer: nn.Module) -> bool:
-        """Whether ``layer`` is of this format."""
+        """Return whether ``layer`` is of this format."""
         return any(kind.__name__ in cls.layers for kind in type(layer).__mro__)
 
     @abstractmethod
     def obstacle(self, layer: Any) -> str | None:
-        """Why its rows have no scales of their own; ``None`` where they have."""
+        """Return why its rows have no scales of their own; ``None`` where they have."""
 
     def requantize_obstacle(self, layer: Any) -> str | None:
-        """Why it cannot be quantized anew; ``None`` where it can."""
+        """Return why it cannot be quantized anew; ``None`` where it can."""
         return None
 
     @abstractmethod
     def read(self, layer: Any, with_codes: bool = False) -> State:
-        """What the layer holds now; with its codes where they are to be replaced."""
+        """Return what the layer holds now; with its codes where they are to be replaced."""
 
     @abstractmethod
     def write(self, layer: Any, state: State) -> None:
@@ -64,23 +64,23 @@ class Format(ABC):
 
     @abstractmethod
     def scales(self, state: State) -> Tensor:
-        """The scales of a state in fp32, of whatever shape, for what checks them."""
+        """Return the scales of a state in fp32, of whatever shape, for what checks them."""
 
     @abstractmethod
     def scaled(self, layer: Any, state: State, rows: Tensor) -> State:
-        """The state whose rows are ``rows [out]`` times those of ``state``; its codes are those of ``state``."""
+        """Return the state whose rows are ``rows [out]`` times those of ``state``; its codes are those of ``state``."""
 
     def columns(self, layer: Any, vector: Tensor) -> Tensor:
-        """A vector over the layer's inputs, in the order of its columns."""
+        """Return a vector over the layer's inputs, in the order of its columns."""
         return vector
 
     @abstractmethod
     def values(self, layer: Any) -> Tensor:
-        """The weight ``[out, in]`` that the layer holds, in fp32."""
+        """Return the weight ``[out, in]`` that the layer holds, in fp32."""
 
     @abstractmethod
     def quantize(self, layer: Any, state: State, weight: Tensor) -> State:
-        """``weight [out, in]``, in fp32, quantized as ``state`` was, by the format's own library; with its codes."""
+        """Return the state, with codes, of ``weight [out, in]`` in fp32, quantized as ``state`` was, by its library."""
 
 
 class _FrozenProduct(torch.autograd.Function):

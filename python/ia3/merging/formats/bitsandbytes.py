@@ -63,7 +63,7 @@ class Int8Rows(Format):
 
 @stand_in
 def linear4bit_forward(layer: Any, x: Tensor) -> Tensor:
-    """The output ``[*, out]`` of a ``Linear4bit`` for x ``[*, in]``, with a gradient for x in either layout."""
+    """Return the output ``[*, out]`` of a ``Linear4bit`` for x ``[*, in]``, with a gradient for x in either layout."""
     run = functools.partial(type(layer).forward, layer)
     if not (wants_gradient(x) and getattr(layer.weight.quant_state, "packing_format_for_cpu", False)):
         own: Tensor = run(x)
@@ -170,7 +170,7 @@ def _copy_of(state: Any) -> Any:
 
 
 def _flat(fields: State) -> State:
-    """The fields of a 4-bit weight's state with its scales in fp32, one after the other, whatever they were."""
+    """Return the fields of a 4-bit weight's state with its scales in fp32, one after the other, whatever they were."""
     flat = {name: value for name, value in fields.items() if not name.startswith("original_")}
     flat.pop("packing_format_for_cpu", None)
     flat.pop("codes", None)
@@ -186,7 +186,7 @@ def _flat(fields: State) -> State:
 
 
 def _flat_codes(layer: Any) -> Tensor:
-    """The codes in the layout in which they were quantized."""
+    """Return the codes in the layout in which they were quantized."""
     from bitsandbytes import functional
 
     weight = layer.weight
@@ -200,7 +200,7 @@ def _flat_codes(layer: Any) -> Tensor:
 
 
 def _packed_codes(layer: Any, state: State) -> Tensor:
-    """The codes in the layout of CPUs, from the one in which they were quantized."""
+    """Return the codes in the layout of CPUs, from the one in which they were quantized."""
     from bitsandbytes import functional
 
     codes: Tensor = functional._convert_weight_packed_for_cpu(layer.weight.data, _state_of(_flat(state)))[0]

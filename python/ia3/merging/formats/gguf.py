@@ -35,7 +35,7 @@ _GGUF_FIELDS: dict[str, tuple[int, ...]] = {
 
 @stand_in
 def gguf_forward(layer: Any, x: Tensor) -> Tensor:
-    """The output ``[*, out]`` of a ``GgufLinear`` for x ``[*, in]``, with a gradient for x."""
+    """Return the output ``[*, out]`` of a ``GgufLinear`` for x ``[*, in]``, with a gradient for x."""
     if not wants_gradient(x):
         own: Tensor = type(layer).forward(layer, x)
         return own
@@ -76,14 +76,14 @@ class GgufBlocks(Format):
 
     @staticmethod
     def _type(layer: Any) -> tuple[str, int, int]:
-        """The name of its type, the values in a block, and its bytes."""
+        """Return the name of its type, the values in a block, and its bytes."""
         from transformers.integrations.gguf import dequant
 
         number = int(layer.ggml_type)
         return dequant.GGML_NAME.get(number, str(number)), *dequant.GGML_BLOCK[number]
 
     def _fields(self, layer: Any) -> list[Tensor]:
-        """The fp16 fields as views ``[out, blocks, 2]`` of the bytes."""
+        """Return the fp16 fields as views ``[out, blocks, 2]`` of the bytes."""
         name, _, size = self._type(layer)
         blocks = layer.weight.data.view(layer.out_features, -1, size)
         return [blocks[:, :, start : start + 2] for start in _GGUF_FIELDS[name]]
