@@ -12,6 +12,8 @@ from typing import Any
 
 from peft import TaskType
 from peft.tuners.ia3.layer import IA3Layer
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -49,39 +51,6 @@ _READ_BY_PARENT = {
 }
 # Layers that their parents slice where the model's configuration says so.
 _SLICED_BY_PARENT = {"BloomAttention": ("dense",), "BloomMLP": ("dense_4h_to_h",)}
-
-_DECODER = ("q_proj v_proj down_proj", "down_proj")
-_FUSED_QKV = ("query_key_value dense_4h_to_h", "dense_4h_to_h")
-# model_type: (targets, those of them that are feed-forward); the table of PEFT 0.21.
-DEFAULT_MODULES: dict[str, tuple[str, str]] = {
-    "t5": ("k v wo", "wo"),
-    "mt5": ("k v wi_1", ""),
-    "gpt2": ("c_attn mlp.c_proj", "mlp.c_proj"),
-    "bloom": ("query_key_value mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),
-    "roberta": ("key value output.dense", "output.dense"),
-    "bert": ("key value output.dense", "output.dense"),
-    "opt": ("q_proj k_proj fc2", "fc2"),
-    "gptj": ("q_proj v_proj fc_out", "fc_out"),
-    "gpt_neox": _FUSED_QKV,
-    "gpt_neo": ("q_proj v_proj c_proj", "c_proj"),
-    "bart": ("q_proj v_proj fc2", "fc2"),
-    "gpt_bigcode": ("c_attn mlp.c_proj", "mlp.c_proj"),
-    "llama": ("k_proj v_proj down_proj", "down_proj"),
-    "mistral": ("k_proj v_proj down_proj", "down_proj"),
-    "mixtral": ("k_proj v_proj w2", "w2"),
-    "llama4": _DECODER,
-    "gemma": _DECODER,
-    "gemma2": _DECODER,
-    "gemma3_text": _DECODER,
-    "qwen2": _DECODER,
-    "qwen3": _DECODER,
-    "deberta-v2": ("key_proj value_proj output.dense", "output.dense"),
-    "deberta": ("in_proj output.dense", "output.dense"),
-    "RefinedWeb": _FUSED_QKV,
-    "RefinedWebModel": _FUSED_QKV,
-    "falcon": _FUSED_QKV,
-    "phi": ("q_proj v_proj fc2", "fc2"),
-}
 
 # The heads that belong to a task; a model has one of them.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
@@ -294,21 +263,21 @@ def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
     """Return a copy with the default targets of the model's type and the heads of the task filled in."""
     config = copy.deepcopy(config)
     kind = model_type(model)
-    known = DEFAULT_MODULES.get(kind or "")
+    known = TARGETS.get(kind)
     if config.target_modules is None:
         if known is None:
             raise IA3Error(
                 f"target_modules is not set, and there are no defaults for the model type {kind!r}; set target_modules "
                 "and feedforward_modules."
             )
-        config.target_modules = set(known[0].split())
+        config.target_modules = set(known)
     if config.feedforward_modules is None:
         if known is None:
             raise IA3Error(
                 f"feedforward_modules is not set, and there are no defaults for the model type {kind!r}; name the "
                 "targets whose input is to be scaled, or pass [] for none."
             )
-        config.feedforward_modules = set(known[1].split())
+        config.feedforward_modules = set(FEEDFORWARD.get(kind, ()))
     if config.task_type in TASK_HEADS:
         names = config.modules_to_save or []
         heads = TASK_HEADS[TaskType(config.task_type)]

@@ -114,7 +114,7 @@ def test_ligers_block_runs_and_the_report_says_so(
         torch.testing.assert_close(a, b, rtol=0, atol=64 * 2**-24 * float(b.abs().max()))
     rows = down_rows(model)
     assert len(rows) == 2
-    reason = "no row of the table describes the block" if when == "class before" else "forward of the block is not our"
+    reason = "no row of the table describes the block" if when == "class before" else "forward of the block is another"
     assert all(row.runs.startswith("scaled_linear") and f"not fused: {reason}" in row.reason for row in rows)
 
     plain = take_out(kind, model)
