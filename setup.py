@@ -31,6 +31,8 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(next(build.glob("_C.*")), target)
         place_cuda_kernels(build, target.parent)
+        # The C interface of the CUDA kernels, for whoever has no torch
+        shutil.copytree(ROOT / "csrc" / "include", target.parent / "include", dirs_exist_ok=True)
 
     def copy_extensions_to_source(self) -> None:
         """Place what an installation in place, or an editable one, imports from the checkout."""
