@@ -189,6 +189,8 @@ class AdapterBank:
         if not isinstance(name, str) or not name or name == BASE_NAME:
             raise IA3Error(f"the adapter's name is {name!r}; expected a name, other than {BASE_NAME!r}.")
         self._check_absent(name, replace)
+        with self._lock:
+            self._cover(self._tuner.sites())
         vectors = self._read(source)
         with self._lock:
             self._check_absent(name, replace)

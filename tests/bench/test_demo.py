@@ -7,6 +7,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,8 @@ def test_an_adapter_that_peft_reads_differently_is_reported(
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(tmp_path)
     assert demo.logit_difference(base, tmp_path, SEQUENCES) < 1e-3
-    monkeypatch.setattr(demo.peft.PeftModel, "from_pretrained", lambda model, _: model)
+    other = SimpleNamespace(PeftModel=SimpleNamespace(from_pretrained=lambda model, _: model))
+    monkeypatch.setattr(demo, "peft", other)
     with pytest.raises(IA3Error, match="other logits"):
         demo.logit_difference(base, tmp_path, SEQUENCES)
 

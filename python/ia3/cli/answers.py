@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,22 +22,19 @@ from .finetune import METRICS
 from .generation import encode, generate
 from .requests import BASE_NAME, Request
 
-if TYPE_CHECKING:
-    from .generate import Generate
-
 # Adapters that have a slot at a time; more wait in host memory.
 _SLOTS = 1024
 _Wanted = dict[int, tuple[Request, list[int]]]  # by their lines: requests that can run, and the tokens of their prompts
 
 
-def _is_chat(job: Generate, tokenizer: Any, adapter: Path | None) -> bool:
+def _is_chat(job: Any, tokenizer: Any, adapter: Path | None) -> bool:
     """Return whether to prompt through the template: as was asked for, or as the adapter was trained."""
     if job.chat is not None:
         return job.chat
     return bool(tokenizer.chat_template) and not (adapter and _is_of_plain_text(adapter))
 
 
-def go_on(job: Generate, prompts: list[str], model: Any, tokenizer: Any) -> None:
+def go_on(job: Any, prompts: list[str], model: Any, tokenizer: Any) -> None:
     """Write each prompt (unless echo is off) and its continuation to stdout, a line between two prompts."""
     from transformers import TextStreamer
 
@@ -60,7 +57,7 @@ def go_on(job: Generate, prompts: list[str], model: Any, tokenizer: Any) -> None
 
 
 def answer_all(
-    job: Generate,
+    job: Any,
     lines: list[tuple[int, bytes]],
     folders: Mapping[str, Path],
     model: Any,
@@ -130,33 +127,33 @@ def _is_of_plain_text(adapter: Path) -> bool:
 
 def _with_bank(base: Any, folders: Mapping[str, Path], batch_size: int) -> tuple[Any, dict[str, str], dict[str, str]]:
     """Return the model with these adapters in a bank, their names in it, and for those that do not load, why not."""
-    from .. import AdapterBank, IA3Config, PeftModel
+    from .. import AdapterBank, IA3Config
 
     failed: dict[str, str] = {}
-    model: Any = None
+    kinds: dict[str, Any] = {}  # configurations that scale the same layers count once
     fitting: list[str] = []
-    targets: list[tuple[Any, ...]] = []
     for name, folder in folders.items():
         try:
             config = IA3Config.from_pretrained(folder)
-            kind = (config.target_modules, config.feedforward_modules, config.exclude_modules)
             if config.modules_to_save:
                 raise IA3Error(f"the adapter {folder} trains whole modules, which rows of a batch cannot differ in.")
-            # The first of each kind stands in the model itself, so that its layers can be scaled.
-            if kind not in targets:
-                if model is None:
-                    model = PeftModel.from_pretrained(base, folder, f"layers{len(targets)}")
-                else:
-                    model.load_adapter(folder, f"layers{len(targets)}")
-                targets.append(kind)
+            fields = (config.target_modules, config.feedforward_modules, config.exclude_modules)
+            kinds.setdefault(repr([sorted(field) if isinstance(field, set) else field for field in fields]), config)
             checkpoints.warn_if_merged(base, folder)
             fitting.append(name)
         except (IA3Error, OSError) as error:
             failed[name] = str(error)
-    if model is None:
+    bank: Any = None
+    for number, config in enumerate(kinds.values()):
+        config.init_ia3_weights = True
+        if bank is None:
+            bank = AdapterBank(base, config, max(batch_size, min(len(fitting), _SLOTS)))
+        else:
+            bank.model.add_adapter(f"layers{number}", config)
+    if bank is None:
         return base, {}, failed
+    model = bank.model.eval()
     checkpoints.check_kernels(base.device.type, base.dtype)
-    bank = AdapterBank(model, max(batch_size, min(len(fitting), _SLOTS)))
     known: dict[str, str] = {}
     for number, name in enumerate(fitting):
         try:
@@ -167,7 +164,7 @@ def _with_bank(base: Any, folders: Mapping[str, Path], batch_size: int) -> tuple
     return model, known, failed
 
 
-def _batches(wanted: _Wanted, job: Generate) -> Iterator[list[int]]:
+def _batches(wanted: _Wanted, job: Any) -> Iterator[list[int]]:
     """Yield lines that run together: as many new tokens and the same stops for each, prompts of about one length.
 
     Of exactly one length where repetition is held back, which would else count what fills up the shorter ones.
