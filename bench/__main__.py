@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--impl", nargs="+", choices=GPU_IMPLEMENTATIONS, help="of the suites that run a model; default: all that apply"
     )
+    parser.add_argument("--busy", action="store_true", help="decode: beside a process that keeps one core to itself")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
 
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--json {arguments.json} is a folder; expected the name of a file to write")
     implementations = arguments.impl or (GPU_IMPLEMENTATIONS if arguments.device == "cuda" else IMPLEMENTATIONS)
     settings = Settings(
-        tuple(dict.fromkeys(arguments.dtype)), arguments.quick, tuple(implementations), torch.device(arguments.device)
+        tuple(dict.fromkeys(arguments.dtype)),
+        arguments.quick,
+        tuple(implementations),
+        torch.device(arguments.device),
+        arguments.busy,
     )
     recorder = Recorder(settings.device, arguments.json)
     console = Console()

@@ -26,12 +26,16 @@ GPU_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "peft+max-autotune", "liger_peft")
 
 @dataclass(frozen=True)
 class Settings:
-    """The choices of a run: dtypes by short name, quick sizes or the real ones, implementations, device."""
+    """The choices of a run: dtypes by short name, quick sizes or the real ones, implementations, device.
+
+    busy: measure decoding beside a process that keeps one core to itself.
+    """
 
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     quick: bool = False
     implementations: tuple[str, ...] = IMPLEMENTATIONS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    busy: bool = False
 
     @property
     def on_gpu(self) -> bool:
