@@ -212,13 +212,13 @@ def test_merging_some_and_unloading_others() -> None:
     assert torch.equal(nothing.merge_and_unload(adapter_names=[]).layer.weight, weight)
 
 
-def test_merging_again_and_unmerging_nothing_are_told() -> None:
+def test_merging_again_and_unmerging_nothing_are_told_in_the_words_of_peft() -> None:
     model = _one_layer(ia3, "linear", False)
-    with pytest.warns(UserWarning, match="nothing to unmerge"):
+    with pytest.warns(UserWarning, match="Already unmerged. Nothing to do"):
         model.unmerge_adapter()
     model.merge_adapter()
     weights = _weights(model)
-    with pytest.warns(UserWarning, match="nothing to merge"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         model.merge_adapter()
     _assert_unchanged(model, weights)
     with pytest.raises(ValueError, match=r"'default'.* while they are merged"):

@@ -228,7 +228,8 @@ def merge(
     """
     changes = _changes(layers, adapter_names)
     if not changes:
-        warnings.warn("there is nothing to merge: the adapters are merged already, or not in any layer.", stacklevel=3)
+        # PEFT's words here and in unmerge, since scripts filter warnings by them.
+        warnings.warn("All adapters are already merged, nothing to do; or none of them is in any layer.", stacklevel=3)
         return
     _check_enabled(layers)
     placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
@@ -307,7 +308,7 @@ def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
     """Take the vectors out of every base layer, bit-exactly. All or nothing; raises :class:`IA3Error`."""
     found = [(path, layer) for path, layer in layers if layer.merged]
     if not found:
-        warnings.warn("there is nothing to unmerge.", stacklevel=3)
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
     merged = [(path, layer) for path, layer in found if layer._merge_state is not None]
     for path, layer in merged:
         check_unwritten(path, layer)
