@@ -253,6 +253,11 @@ class ScaledLayer(nn.Module):
             return y
         return scaled_forward(self, x)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
+        # By which PEFT places vectors: for offloaded weights, where they run.
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)  # type: ignore[misc]
+        return patching.execution_device(base_layer) or device, dtype
+
     def note_running(self) -> None:
         """Renew ``_running``."""
         self.__dict__["_running"] = vectors_of(self, acting_adapters(self))

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import IA3Config
 from .errors import IA3Error
+from .patching import execution_device
 from .probing import what_linear_computes
 
 ALL_LINEAR = "all-linear"
@@ -314,6 +315,11 @@ def _saved_modules(model: nn.Module, config: IA3Config, explicit: Iterable[str])
             raise IA3Error(
                 f"modules_to_save means {path!r}, a {type(module).__name__}, which is never called and cannot be "
                 "trained as one; name the modules in it."
+            )
+        if any(execution_device(part) is not None for part in module.modules()):
+            raise IA3Error(
+                f"modules_to_save means {path!r}, whose weights are offloaded, so that there is nothing to copy and "
+                "train; give it a device in device_map."
             )
     missing = sorted(entry for entry in explicit if not any(path.endswith(entry) for path, _ in found))
     if missing:

@@ -11,12 +11,13 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import peft
+import torch
 from peft.tuners.ia3 import layer as peft_layer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from .layers import ScaledLayer
 from .matching import Plan, base_of, carriers, plan_adapter
 from .merging import model as merging
 from .merging.model import MergingLayer
+from .patching import execution_device
 from .reporting import report
 from .swap import all_or_nothing, give_back_classes, in_place_of, install, uninstall
 from .tuner import IA3Model, check_name
@@ -84,6 +86,7 @@ class PeftModel(peft.PeftModel):
             with _injecting(plan):
                 super().__init__(model, plan.exact_config(), adapter_name, **kwargs)
             self.base_model.peft_config[adapter_name] = plan.config
+            self.training = model.training
             accelerate(self)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -147,7 +150,7 @@ class PeftModel(peft.PeftModel):
         plan = plan_adapter(model, found, strict=False)
         mapping = _check_file(model, folder, expected_tensors(plan), key_mapping)
         with all_or_nothing(model, adapter_name):
-            with _injecting(plan):
+            with _injecting(plan), _staying(model):
                 result = peft.PeftModel.from_pretrained(
                     model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
                     key_mapping=mapping, **kwargs,
@@ -189,15 +192,16 @@ class PeftModel(peft.PeftModel):
                 self.base_model.unmerge_adapter()
             if any(tensor.is_meta for tensor in expected.values()) and plan is None:
                 kwargs["low_cpu_mem_usage"] = True  # there is nothing to copy into
-            result = super().load_adapter(
-                str(folder),
-                adapter_name,
-                is_trainable,
-                torch_device,
-                autocast_adapter_dtype,
-                key_mapping=mapping,
-                **kwargs,
-            )
+            with _staying(base):
+                result = super().load_adapter(
+                    str(folder),
+                    adapter_name,
+                    is_trainable,
+                    torch_device,
+                    autocast_adapter_dtype,
+                    key_mapping=mapping,
+                    **kwargs,
+                )
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         return result
@@ -292,6 +296,38 @@ def _check_file(
 
 
 @contextmanager
+def _staying(model: nn.Module) -> Iterator[None]:
+    """Keep PEFT, within the block, from dispatching a model anew that accelerate has spread or offloaded.
+
+    Its own way back takes all hooks away and knows LoRA's names only; layers that are wrapped keep their hooks.
+    """
+    places = model.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if places is not None:
+            model.__dict__["hf_device_map"] = places
+
+
+@contextmanager
+def _seeming_present(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Show PEFT, within the block, offloaded weights on the device where they run, and where their vectors belong."""
+    shown: list[tuple[nn.Module, Any]] = []
+    try:
+        for layer in layers:
+            device, weight = execution_device(layer), layer._parameters.get("weight")
+            if device is not None and weight is not None and weight.is_meta:
+                values = torch.empty((), dtype=weight.dtype, device=device).expand(weight.shape)  # one number
+                layer._parameters["weight"] = nn.Parameter(values, requires_grad=weight.requires_grad)
+                shown.append((layer, weight))
+        yield
+    finally:
+        for layer, weight in shown:
+            trained: Any = layer._parameters["weight"]
+            layer._parameters["weight"] = weight.requires_grad_(trained.requires_grad)
+
+
+@contextmanager
 def _injecting(plan: Plan) -> Iterator[None]:
     """Show PEFT, within the block, linear layers where targets are linear but for their class.
 
@@ -303,7 +339,7 @@ def _injecting(plan: Plan) -> Iterator[None]:
     for base, kind in zip(odd, kinds, strict=True):
         base.__class__ = type(kind.__name__, (kind, nn.Linear), {})
     try:
-        with warnings.catch_warnings():
+        with _seeming_present(base for _, base in hidden), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             yield

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -90,6 +91,15 @@ def runs_class_forward(layer: nn.Module) -> bool:
         place = "_old_forward"
     forward = layer.__dict__.get(place)
     return forward is None or is_stand_in(forward) or getattr(forward, "__func__", None) is type(layer).forward
+
+
+def execution_device(layer: nn.Module) -> torch.device | None:
+    """Return where a layer runs whose weights accelerate keeps elsewhere (offloaded); None for any other."""
+    hook: Any = layer.__dict__.get("_hf_hook")
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "offload", False) and part.execution_device is not None:
+            return torch.device(part.execution_device)
+    return None
 
 
 def is_stand_in(forward: Any) -> bool:

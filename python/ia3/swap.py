@@ -34,7 +34,10 @@ def in_place_of(theirs: type) -> Any:
 
 def install(model: nn.Module) -> None:
     """Give PEFT's objects in ``model`` their accelerated classes, and patch what stands around them."""
-    for module in list(model.modules()):
+    # From the inside out: a wrapper takes the mode, training or not, of what it wraps.
+    for module in reversed(list(model.modules())):
+        if isinstance(module, ModulesToSaveWrapper):
+            module.training = module.modules_to_save.training = module.original_module.training
         kind = _CLASSES.get(type(module))
         if kind is None:
             continue
@@ -42,6 +45,7 @@ def install(model: nn.Module) -> None:
         inner: Any = module._modules.get("base_layer") or module._modules.get("model") or module._modules["base_model"]
         module.training = inner.training
         if isinstance(module, ScaledLayer):
+            module.ia3_l.training = inner.training
             module.note_running()
     _part_shared(model)
     formats.make_differentiable(model)

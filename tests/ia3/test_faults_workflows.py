@@ -47,8 +47,9 @@ def test_pefts_functions_find_every_tensor(name: str, adapted: Any) -> None:
     trained = {key.replace(".default", "") for key, value in model.named_parameters() if value.requires_grad}
     assert {key.replace(".default", "") for key in state} == {key.replace("modules_to_save.", "") for key in trained}
     scaled = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    assert {status.name for status in peft.get_layer_status(model)} >= {row.module for row in ia3.report(model).rows}
-    assert len(scaled) >= len(ia3.report(model).rows)
+    named = {f"model.{row.module}" for row in ia3.report(model).rows}
+    assert {status.name for status in peft.get_layer_status(model)} >= named
+    assert len(scaled) >= len(named)
     assert peft.get_model_status(model).adapter_model_type == "IA3Model"
 
     assert not torch.equal(logits_of(twin, name), logits_of(model, name))
@@ -169,7 +170,7 @@ def test_an_adapter_on_an_offloaded_base_computes_what_it_does_in_memory(where: 
     stored = peft.get_peft_model_state_dict(model)
     for key, value in peft.get_peft_model_state_dict(whole).items():
         assert torch.equal(stored[key].to("cpu"), value)
-    with pytest.raises(IA3Error, match="hooks|meta"):
+    with pytest.raises(IA3Error, match="hooks"):
         model.merge_adapter()
     torch.testing.assert_close(logits_of(model), logits_of(whole), rtol=1e-5, atol=1e-6)
 
@@ -387,5 +388,5 @@ def test_code_that_reads_a_layers_attributes_reads_those_of_the_layer_inside() -
 @pytest.mark.parametrize("mode", [True, False])
 def test_wrappers_are_in_the_mode_of_the_model(mode: bool) -> None:
     base = BY_NAME["llama"].build().train(mode)
-    model = ia3.get_peft_model(base, ia3.IA3Config(task_type="CAUSAL_LM"))
-    assert {module.training for module in model.modules() if "ParameterDict" not in type(module).__name__} == {mode}
+    model = ia3.get_peft_model(base, ia3.IA3Config(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    assert {module.training for module in model.modules()} == {mode}
