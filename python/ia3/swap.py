@@ -18,6 +18,8 @@ from .layers import ScaledLayer, give_back_frozen, speed_up_frozen
 from .merging import formats
 
 _Class = TypeVar("_Class", bound=type)
+# The names under which PEFT's layers, tuners and models hold what they wrap.
+_WRAPPED = ("base_layer", "model", "base_model")
 # PEFT's class -> this package's
 _CLASSES: dict[type, type] = {}
 
@@ -42,7 +44,7 @@ def install(model: nn.Module) -> None:
         if kind is None:
             continue
         module.__class__ = kind
-        inner: Any = module._modules.get("base_layer") or module._modules.get("model") or module._modules["base_model"]
+        inner: Any = next(module._modules[name] for name in _WRAPPED if name in module._modules)
         module.training = inner.training
         if isinstance(module, ScaledLayer):
             module.ia3_l.training = inner.training
