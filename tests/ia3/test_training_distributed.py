@@ -142,6 +142,19 @@ def test_a_sharded_run_resumes_to_the_same_bits(results: dict[tuple[str, str], d
     assert losses == results["sharded", kind]["losses"][-1:]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_accelerate_saves_every_vector_of_a_sharded_model(
+    results: dict[tuple[str, str], dict[str, Any]], kind: str
+) -> None:
+    """It asks PEFT's functions for the adapter, which must know the model."""
+    result = results["saved_by_accelerate", kind]
+    trained = {f"model.{name.replace('.default', '')}" for name in result["whole"]}
+    assert set(result["written"]) == trained == set(results["saved_by_accelerate", "peft"]["written"])
+    fresh = cases.vectors(cases.make(kind))
+    assert not any(torch.equal(vector, fresh[name]) for name, vector in result["whole"].items())
+    assert all(torch.equal(result["resumed"][name], vector) for name, vector in result["whole"].items())
+
+
 def test_a_sharded_model_saves_one_whole_adapter(
     folder: Path, results: dict[tuple[str, str], dict[str, Any]], alone: dict[Any, Run]
 ) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,6 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from accelerate.utils.fsdp_utils import load_fsdp_model, save_fsdp_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -191,7 +195,31 @@ def sharded_mixed_precision(kind: str, folder: Path) -> dict[str, Any]:
     return run(model, model)
 
 
-CASES = (data_parallel, sharded, sharded_and_resumed, sharded_mixed_dtypes, sharded_mixed_precision)
+def saved_by_accelerate(kind: str, folder: Path) -> dict[str, Any]:
+    """What Trainer does at every checkpoint of a sharded model, and to resume from it."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    PartialState(cpu=True)  # without which its functions cannot log
+    place = folder / f"{kind}-by-accelerate"
+    accelerator: Any = SimpleNamespace(
+        num_processes=dist.get_world_size(), process_index=dist.get_rank(), wait_for_everyone=dist.barrier
+    )
+    model = shard(make(kind))
+    train(model, optimizer_of(model), range(1))
+    save_fsdp_model(plugin, accelerator, model, str(place), adapter_only=True)
+    written = dcp.FileSystemReader(place / f"{FSDP_MODEL_NAME}_0").read_metadata().state_dict_metadata
+    resumed = shard(make(kind))
+    load_fsdp_model(plugin, accelerator, resumed, str(place), adapter_only=True)
+    return {"written": sorted(written), "whole": vectors(model), "resumed": vectors(resumed)}
+
+
+CASES = (
+    data_parallel,
+    sharded,
+    sharded_and_resumed,
+    sharded_mixed_dtypes,
+    sharded_mixed_precision,
+    saved_by_accelerate,
+)
 
 
 def main(folder: Path) -> None:
