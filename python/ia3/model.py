@@ -208,8 +208,6 @@ class PeftModel(peft.PeftModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the adapters' files and a model card, all of them or none; PEFT's method."""
-        if kwargs.get("safe_serialization", args[0] if args else True) is not True:
-            raise IA3Error("safe_serialization is False, but adapters are saved as safetensors only; leave it out.")
         embeddings = kwargs.get("save_embedding_layers", args[2] if len(args) > 2 else "auto")
         if embeddings is True:
             _check_embeddings_unmerged(self.get_base_model())

@@ -318,8 +318,6 @@ def test_what_cannot_be_saved_is_one_sentence(
     (tmp_path / "file").write_text("")
     with pytest.raises(ia3.IA3Error, match="a file of that name exists"):
         model.save_pretrained(tmp_path / "file")
-    with pytest.raises(ia3.IA3Error, match="safetensors only"):
-        model.save_pretrained(tmp_path / "new", safe_serialization=False)
     with pytest.raises(ValueError, match="other"):
         model.save_pretrained(tmp_path / "new", selected_adapters=["other"])
     assert not (tmp_path / "new").exists()
