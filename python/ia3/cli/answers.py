@@ -30,7 +30,7 @@ _Wanted = dict[int, tuple[Request, list[int]]]  # by their lines: requests that 
 def _is_chat(job: Any, tokenizer: Any, adapter: Path | None) -> bool:
     """Return whether to prompt through the template: as was asked for, or as the adapter was trained."""
     if job.chat is not None:
-        return job.chat
+        return bool(job.chat)
     return bool(tokenizer.chat_template) and not (adapter and _is_of_plain_text(adapter))
 
 
