@@ -6,7 +6,7 @@ batch shape. Scales are vectors ``[n]`` (also ``[n, 1]`` and ``[1, n]``, as PEFT
 together with an int32 ``adapter_index`` of shape ``[*]`` that picks a row for every position (``-1``: no scaling).
 Arithmetic on scales is fp32, with one rounding at the end.
 
-Beside them, ``merge_``, ``unmerge_`` and ``swap_`` put a scale into a weight in place and take it out again to the bit.
+Beside them, ``merge_``, ``unmerge_`` and ``swap_`` merge a scale into a weight in place and undo that bit-exactly.
 
 Source of the method: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning", 2022, arXiv 2205.05638.
@@ -71,7 +71,8 @@ def scaled_linear(
         bias: ``[N]`` of x's dtype, or None.
         input_scale: ``[K]`` or ``[A, K]``, any floating dtype, or None.
         output_scale: ``[N]`` or ``[A, N]``, any floating dtype, or None. It scales the bias too.
-        adapter_index: ``[*]`` int32 with two-dimensional scales, else None.
+        adapter_index: ``[*]`` int32 where a scale is two-dimensional, else None. It picks that scale's rows; a vector
+            beside it scales every row of x.
 
     Returns:
         ``[*, N]`` of x's dtype, contiguous.
@@ -164,12 +165,12 @@ def scaled_activation(
     return _ops.scaled_activation(x, scale, activation, adapter_index)  # type: ignore[no-any-return]
 
 
-def scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
+def scale_weight_(weight: Tensor, scale: Tensor, dim: int = 0) -> Tensor:
     """Scale a weight in place, its rows (``dim=0``: ``diag(scale) W``) or its columns (``dim=1``: ``W diag(scale)``).
 
     Args:
         weight: ``[N, K]``, fp32, bf16, fp16 (fp64 in the reference), any strides; written in place.
-        scale: ``[N]`` for ``dim=0``, ``[K]`` for ``dim=1``, any floating dtype.
+        scale: ``[N]`` for ``dim=0``, ``[K]`` for ``dim=1``, any floating dtype, in memory of its own.
         dim: 0 or 1.
 
     Returns:

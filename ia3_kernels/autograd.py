@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import target
-from .schemas import LIBRARY
+from .schemas import LIBRARY, index_of, refuse_tangents
 
 ops: Any = torch.ops.ia3
 
 
 def _first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a `Function.backward` whose gradients say that they are first-order when they are differentiated again."""
+    """Make a `Function.backward` whose gradients say that they are first-order when they are differentiated again.
+
+    Torch's `once_differentiable` says so only where the gradient that comes in requires one.
+    """
     words = (
         f"{op}: second-order gradients are not implemented; compute first-order gradients, or run the formula in plain "
         "torch where you differentiate twice."
@@ -41,15 +43,6 @@ def _first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return wrapper
 
     return decorate
-
-
-def _is_recorded(tensor: object) -> bool:
-    """Return whether a call on this has to make a node; one for a tangent refuses it, which would get zeros."""
-    if not isinstance(tensor, Tensor):
-        return False
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -92,27 +85,26 @@ class _ScaledLinear(torch.autograd.Function):
         # y = z ∘ s_out :  dz = dy ∘ s_out ; ds_out = Σ dy ∘ z
         if needs_output_scale:
             dz, grad_output_scale = ops.scaled_activation_backward(
-                grad, product, output_scale, "identity", adapter_index, [needs_product, True]
+                grad, product, output_scale, "identity", index_of(output_scale, adapter_index), [needs_product, True]
             )
         elif output_scale is not None and needs_product:
-            dz = ops.scaled_activation(grad, output_scale, "identity", adapter_index)
+            dz = ops.scaled_activation(grad, output_scale, "identity", index_of(output_scale, adapter_index))
         else:
             dz = grad
 
         # z = (x ∘ s_in) Wᵀ + b :  d(x ∘ s_in) = dz W
+        input_index = index_of(input_scale, adapter_index)
         if needs_input_scale:
             scaled = ops.scaled_linear(dz, weight.t())
             grad_x, grad_input_scale = ops.scaled_activation_backward(
-                scaled, x, input_scale, "identity", adapter_index, [needs_x, True]
+                scaled, x, input_scale, "identity", input_index, [needs_x, True]
             )
             grad_x = grad_x if needs_x else None
         elif needs_x:
             # The input scale is the output scale of the transposed product: dx = (dz W) ∘ s_in
-            grad_x = ops.scaled_linear(
-                dz, weight.t(), None, None, input_scale, None if input_scale is None else adapter_index
-            )
+            grad_x = ops.scaled_linear(dz, weight.t(), None, None, input_scale, input_index)
         if needs_weight:
-            rows = x if input_scale is None else ops.scaled_activation(x, input_scale, "identity", adapter_index)
+            rows = x if input_scale is None else ops.scaled_activation(x, input_scale, "identity", input_index)
             grad_weight = dz.reshape(-1, dz.shape[-1]).t() @ rows.reshape(-1, rows.shape[-1])
         if needs_bias:
             grad_bias = dz.reshape(-1, dz.shape[-1]).sum(0)
@@ -200,7 +192,8 @@ def _register_autograd(op: str, function: type[torch.autograd.Function], default
     def kernel(*args: Any) -> Any:
         # The dispatcher leaves trailing defaults out; autograd.Function wants them all.
         args = args + defaults[len(args) :]
-        if any(map(_is_recorded, args)):
+        refuse_tangents(op, *args)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)

@@ -1,4 +1,4 @@
-"""Merging a vector into a weight where it lies, and taking it out again to the bit.
+"""Merging a vector into a weight where it lies, and taking it out again bit-exactly.
 
 A residual of one bit a weight is what exact undoing needs: ``w' = round(w l)`` sends at most two weights, neighbours
 among the bit patterns, to one value, and the lowest bit of ``w`` tells them apart. Weights for which that is not enough
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schemas import DTYPES
+from .schemas import check_dim, check_weight_scale, refuse_tangents
 
 _ops: Any = torch.ops.ia3
 
@@ -34,11 +34,11 @@ class Residual:
 
     @property
     def nbytes(self) -> int:
-        """The size of all three, in bytes."""
+        """Return the size of all three, in bytes."""
         return sum(tensor.numel() * tensor.itemsize for tensor in (self.parity, self.positions, self.bits))
 
     def to(self, device: torch.device | str) -> Residual:
-        """The same on another device."""
+        """Return the same on another device."""
         return Residual(self.parity.to(device), self.positions.to(device), self.bits.to(device))
 
 
@@ -49,7 +49,8 @@ def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, 
     Args:
         weight: ``[out]``, ``[out, in]`` or a convolution's ``[out, in / groups, *spatial]``; fp32, bf16, fp16 (fp64 in
             the reference). A transposed view is taken as it lies.
-        scale: ``[out]`` or ``[in]``, any floating dtype, computed with in fp32; any value.
+        scale: ``[out]`` or ``[in]`` (also ``[n, 1]`` and ``[1, n]``), any floating dtype, computed with in fp32; any
+            value. It may not share memory with the weight.
         dim: 0 or 1. A convolution's groups follow from the length of an input scale.
         exact: return what :func:`unmerge_` needs, one bit a weight and ten bytes for each one that needs more.
         safe: raise where a result would not be finite; found in one reading pass, before anything is written.
@@ -79,23 +80,25 @@ def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, 
 
 
 @torch.no_grad()
-def unmerge_(weight: Tensor, scale: Tensor, dim: int, residual: Residual) -> None:
+def unmerge_(weight: Tensor, scale: Tensor, dim: int = 0, residual: Residual | None = None) -> None:
     """Take ``scale`` out of a weight that :func:`merge_` put it into: every bit comes back.
 
-    ``weight``, ``scale`` and ``dim`` are those of the merge, with the same values; ``residual`` is what it returned.
+    ``weight``, ``scale`` and ``dim`` are those of the exact merge, with the same values; ``residual`` is its result.
 
     Raises:
         RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
     """
     matrix, factors, along = _matrix("unmerge_", "scale", weight, scale, dim)
-    _ops.unmerge_exact_(matrix, factors, along, residual.parity, residual.positions, residual.bits)
+    _ops.unmerge_exact_(matrix, factors, along, *_tensors("unmerge_", weight, residual))
 
 
 @torch.no_grad()
-def swap_(weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, residual: Residual) -> Residual:
+def swap_(
+    weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int = 0, residual: Residual | None = None
+) -> Residual:
     """Go from one merged scale to another, in one pass over the weight.
 
-    The result is that of :func:`unmerge_` with ``old_scale`` and an exact :func:`merge_` of ``new_scale``, bit by bit.
+    The result is that of :func:`unmerge_` with ``old_scale`` and an exact :func:`merge_` of ``new_scale``, bit-exactly.
     The parity is the same for every scale, and is shared between the two residuals.
 
     Raises:
@@ -103,53 +106,74 @@ def swap_(weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, residu
     """
     matrix, old, along = _matrix("swap_", "old_scale", weight, old_scale, dim)
     _, new, _ = _matrix("swap_", "new_scale", weight, new_scale, dim)
-    escapes = _ops.swap_exact_(matrix, old, new, along, residual.parity, residual.positions, residual.bits)
-    return Residual(residual.parity, *escapes)
+    parity, *rest = _tensors("swap_", weight, residual)
+    return Residual(parity, *_ops.swap_exact_(matrix, old, new, along, parity, *rest))
 
 
 @torch.no_grad()
 def stays_finite(weight: Tensor, scale: Tensor, dim: int = 0) -> bool:
-    """Whether :func:`merge_` would give finite values only; one reading pass. Arguments and errors are those of it."""
+    """Return whether :func:`merge_` would give finite values only; one reading pass, its arguments, its errors."""
     return bool(_ops.stays_finite(*_matrix("stays_finite", "scale", weight, scale, dim)))
 
 
-def _matrix(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
-    """The weight as a matrix whose rows lie together in memory, uncopied; the factors of its rows ``[rows]``, or of its
-    columns ``[groups, cols]``; and which of the two (0 or 1)."""
-    shape = list(weight.shape)
+def _tensors(op: str, weight: Tensor, residual: Residual | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors of a residual that lies where the weight does."""
     torch._check(
-        weight.dtype in DTYPES,
-        lambda: f"{op}: weight has dtype {weight.dtype}; expected one of {', '.join(map(str, DTYPES))}.",
+        isinstance(residual, Residual),
+        lambda: f"{op}: residual is {residual}; expected what merge_ returns with exact=True.",
     )
+    tensors = residual.parity, residual.positions, residual.bits  # type: ignore[union-attr]
+    torch._check(
+        all(tensor.device == weight.device for tensor in tensors),
+        lambda: f"{op}: residual is on {tensors[0].device}, but weight is on {weight.device}; move one of them.",
+    )
+    return tensors
+
+
+def _matrix(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
+    """Return the weight as a matrix whose rows lie together in memory, uncopied, the factors and what they are for.
+
+    These are factors of rows ``[rows]``, with 0, or of columns ``[groups, cols]``, with 1.
+    """
+    check_dim(op, weight, dim)
     torch._check(
         weight.device.type != "meta",
         lambda: f"{op}: weight is on the meta device, which holds no values; load it first.",
     )
-    torch._check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the outputs) or 1 (the inputs).")
-    torch._check(
-        weight.dim() > dim,
-        lambda: (
-            f"{op}: weight has shape {shape} and dim is {dim}; expected [out] (dim 0), [out, in] or a convolution's."
-        ),
-    )
-    torch._check(
-        scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype."
-    )
-    torch._check(
-        scale.device == weight.device,
-        lambda: f"{op}: {name} is on {scale.device}, but weight is on {weight.device}; move one of them.",
-    )
     is_convolution, features = weight.dim() > 2, weight.shape[dim]
     # An input scale has the channels of all groups, a convolution's weight those of one.
     groups = scale.numel() // features if is_convolution and dim == 1 and features else 1
+    check_weight_scale(op, name, scale, weight, dim, groups)
+    refuse_tangents(op, weight, scale)
     torch._check(
-        scale.dim() == 1 and len(scale) == groups * features and groups > 0 and shape[0] % groups == 0,
-        lambda: f"{op}: {name} has shape {list(scale.shape)}; expected [{features}], for a weight {shape}.",
+        not _overlap(weight, scale),
+        lambda: f"{op}: {name} shares memory with weight, which is written to; clone it first.",
     )
-    factors = scale.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    weight = weight.detach()
-    if is_convolution:
-        return _convolution(op, weight, factors, dim)
+    factors = scale.detach().reshape(-1).to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    matrix, factors, dim = (_convolution if is_convolution else _plain)(op, weight.detach(), factors, dim)
+    rows, cols = matrix.shape
+    torch._check(
+        rows <= 1 or matrix.stride(0) >= cols,
+        lambda: f"{op}: the rows of weight overlap in memory (strides {list(matrix.stride())}); copy it first.",
+    )
+    return matrix, factors, dim
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Return whether the bytes between a tensor's first and last element meet those of another."""
+    if not first.numel() or not second.numel() or not torch._C._overlaps(first, second):  # share no storage
+        return False
+    (begin, end), (other_begin, other_end) = (
+        (
+            t.data_ptr(),
+            t.data_ptr() + t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))),
+        )
+        for t in (first, second)
+    )
+    return begin < other_end and other_begin < end
+
+
+def _plain(op: str, weight: Tensor, factors: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
     if weight.dim() == 1:  # one row, or where it is strided one column
         return (weight[None], factors[None], 1) if weight.stride(0) == 1 else (weight[:, None], factors, 0)
     rows, cols = weight.shape
@@ -161,12 +185,11 @@ def _matrix(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> tupl
             ),
         )
         weight, dim = weight.t(), 1 - dim
-    _check_overlap(op, weight)
     return weight, factors if dim == 0 else factors[None], dim
 
 
 def _convolution(op: str, weight: Tensor, factors: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
-    """Rows are output channels; columns are inputs and spatial positions, in the order of memory."""
+    """Return rows of output channels and columns of inputs and spatial positions, in the order of memory."""
     out, inputs = weight.shape[:2]
     positions = weight[0, 0].numel() if weight.numel() else 0
     is_channels_last = not weight[:1].is_contiguous() and weight[:1].movedim(1, -1).is_contiguous()
@@ -175,17 +198,8 @@ def _convolution(op: str, weight: Tensor, factors: Tensor, dim: int) -> tuple[Te
         lambda: f"{op}: weight has strides {list(weight.stride())}; expected a contiguous or channels_last weight.",
     )
     matrix = (weight.movedim(1, -1) if is_channels_last else weight).view(out, inputs * positions)
-    _check_overlap(op, matrix)
     if dim == 0:
         return matrix, factors, 0
     per_group = factors.view(-1, 1, inputs) if is_channels_last else factors.view(-1, inputs, 1)
     expanded = per_group.expand(-1, positions, -1) if is_channels_last else per_group.expand(-1, -1, positions)
     return matrix, expanded.reshape(len(per_group), -1), 1
-
-
-def _check_overlap(op: str, matrix: Tensor) -> None:
-    rows, cols = matrix.shape
-    torch._check(
-        rows <= 1 or matrix.stride(0) >= cols,
-        lambda: f"{op}: the rows of weight overlap in memory (strides {list(matrix.stride())}); copy it first.",
-    )

@@ -1,4 +1,4 @@
-"""Scaling that can be undone to the bit, in plain torch; ``docs/exact-merging.md`` has the coding and its proof.
+"""Scaling whose undoing is bit-exact, in plain torch; ``docs/exact-merging.md`` has the coding and its proof.
 
 The arithmetic is that of ``csrc/core/exact_scale.h``, operation by operation, because what one backend merges another
 must be able to undo. fp64, which only the reference knows, has nothing wider to divide in: there the two candidates
@@ -51,11 +51,11 @@ class _Scaling:
         return self.scale[row // (len(self.weight) // groups)]
 
     def scaled(self, rows: slice) -> Tensor:
-        """w' = round(w l)"""
+        """Compute w' = round(w l)."""
         return (self.weight[rows].to(self.scale.dtype) * self.of(rows)).to(self.weight.dtype)
 
     def unscaled(self, merged: Tensor, odd: Tensor, rows: slice) -> Tensor:
-        """The pattern next to w' / l whose lowest bit is that of ``odd``."""
+        """Return the pattern next to w' / l whose lowest bit is that of ``odd``."""
         pattern, scale = pattern_dtype(merged.dtype), self.of(rows)
         wide = _WIDE.get(merged.dtype)
         if wide is None:
@@ -71,7 +71,7 @@ class _Scaling:
 
 
 def _packed(odd: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Lowest bits, eight to a byte: bit i of byte j is column 8 j + i."""
+    """Pack lowest bits, eight to a byte: bit i of byte j is column 8 j + i."""
     padded = torch.nn.functional.pad(odd.to(torch.uint8), (0, 8 * shape[1] - odd.shape[1]))
     powers = torch.bitwise_left_shift(torch.ones(8, dtype=torch.uint8, device=odd.device), _counter(odd))
     return (padded.view(len(odd), -1, 8) * powers).sum(-1, dtype=torch.uint8)
@@ -123,7 +123,7 @@ def _check_positions(op: str, weight: Tensor, positions: Tensor) -> None:
 
 
 def _by_block(blocks: list[slice], weight: Tensor, positions: Tensor) -> list[slice]:
-    """Which of the positions lie in each block."""
+    """Return which of the positions lie in each block."""
     edges = [0, *(rows.stop * weight.shape[1] for rows in blocks)]
     found = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
     return [slice(first, last) for first, last in itertools.pairwise(found)]

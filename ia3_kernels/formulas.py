@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, target
-from .schemas import check_activation, check_scaled_linear
+from .schemas import check_activation, check_scaled_linear, index_of
 
 
 def _opaque_matmuls() -> frozenset[torch.dtype]:
@@ -66,8 +66,8 @@ def _scaled(x: Tensor, scale: Tensor | None, adapter_index: Tensor | None) -> Te
     """Multiply fp32 (fp64) rows ``[*, n]`` by their scales."""
     if scale is None:
         return x
-    scale = scale.to(x.dtype)
-    return x * (scale.reshape(-1) if adapter_index is None else _Gather.apply(scale, adapter_index))
+    scale, index = scale.to(x.dtype), index_of(scale, adapter_index)
+    return x * (scale.reshape(-1) if index is None else _Gather.apply(scale, index))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -60,22 +60,22 @@ class Architecture:
 
     @property
     def lanes(self) -> int:
-        """Threads of a warp."""
+        """Return the threads of a warp."""
         return 64 if self.backend == "hip" else 32
 
     @property
     def has_tma(self) -> bool:
-        """Whether tensor descriptors are in hardware."""
+        """Return whether tensor descriptors are in hardware."""
         return self.backend == "cuda" and self.capability >= 90
 
     @property
     def has_warpgroup_matmul(self) -> bool:
-        """Whether matmuls read operands from shared memory, for 64 rows at the least: wgmma (Hopper), tcgen05."""
+        """Return whether matmuls read operands from shared memory, for 64 rows at least: wgmma (Hopper), tcgen05."""
         return self.backend == "cuda" and 90 <= self.capability < 120
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of shared memory that a program can have."""
+        """Return the bytes of shared memory that a program can have."""
         if self.backend == "hip":
             return 64 << 10
         if self.has_warpgroup_matmul:
@@ -84,12 +84,12 @@ class Architecture:
 
 
 def _power_of_two(n: int, low: int, high: int) -> int:
-    """The smallest power of two that is at least ``n``, kept within ``low`` and ``high``."""
+    """Return the smallest power of two that is at least ``n``, kept within ``low`` and ``high``."""
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
 def _strip(cols: int, element_size: int, lanes: int) -> tuple[int, int]:
-    """Columns of a program, and its warps: a thread has 16 bytes of a row, and few threads idle at the row's end."""
+    """Return a program's columns and warps: a thread has 16 bytes of a row, and few threads idle at the row's end."""
     vector = 16 // element_size
     strip = _power_of_two(cols, vector, 128 * vector)
     while strip > 64 * vector and -(-cols // strip) * strip > cols + cols // 16:
@@ -101,7 +101,7 @@ def _strip(cols: int, element_size: int, lanes: int) -> tuple[int, int]:
 def activation_launch(
     rows: int, cols: int, element_size: int, is_backward: bool = False, lanes: int = 32
 ) -> ActivationLaunch:
-    """The loads of BLOCK_M rows are in flight together: of four forward, of two backward, which reads three tensors.
+    """Return a launch with the loads of BLOCK_M rows in flight: four forward, two backward, which reads three tensors.
 
     lanes: threads of a warp. Where the rows are few, so are those of a program, so that there are enough of them.
     """
@@ -118,7 +118,7 @@ def activation_launch(
 
 @functools.lru_cache(maxsize=1024)
 def weight_launch(rows: int, cols: int, element_size: int, lanes: int = 32) -> WeightLaunch:
-    """The loads of eight rows are in flight together: the pass has one tensor, read and written."""
+    """Return a launch with the loads of eight rows in flight: the pass has one tensor, read and written."""
     strip, warps = _strip(cols, element_size, lanes)
     return WeightLaunch(_power_of_two(rows, 1, 8), strip, warps)
 
@@ -131,7 +131,7 @@ def linear_launch(
     architecture: Architecture,
     is_aligned: bool,
 ) -> LinearLaunch:
-    """Tiles for ``[rows, inputs] x [inputs, outputs]``.
+    """Return the tiles for ``[rows, inputs] x [inputs, outputs]``.
 
     is_aligned: addresses and rows of both are on 16 bytes.
 

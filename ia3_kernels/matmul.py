@@ -15,6 +15,7 @@ from torch import Tensor
 from . import routes, target
 from .launches import linear_launch
 from .routes import Product, Route
+from .schemas import index_of
 
 
 class Pass(Protocol):
@@ -40,15 +41,15 @@ def library(
     output_scale: Tensor | None = None,
     adapter_index: Tensor | None = None,
 ) -> Tensor:
-    """``scaled_linear`` with the library's product, and a pass over the output in place, 2 T N b bytes.
+    """Run ``scaled_linear`` as the library's product and a pass over its output in place, 2 T N b bytes.
 
     The product is rounded before it is scaled, as the eager formula does; the pass itself rounds once.
     """
     if input_scale is not None:
-        x = scale_rows(x, None, input_scale, "identity", adapter_index)
+        x = scale_rows(x, None, input_scale, "identity", index_of(input_scale, adapter_index))
     y = torch.nn.functional.linear(x, weight, bias)
     if output_scale is not None:
-        scale_rows(y, None, output_scale, "identity", adapter_index, out=y)
+        scale_rows(y, None, output_scale, "identity", index_of(output_scale, adapter_index), out=y)
     return y
 
 
@@ -62,7 +63,8 @@ def scaled_linear(
     adapter_index: Tensor | None = None,
 ) -> Tensor:
     """Run the operator by the route that was measured to be the fastest for its shape, or asked for by name."""
-    if input_scale is not None or output_scale is not None:
+    indexed = {scale.dim() for scale in (input_scale, output_scale) if scale is not None and adapter_index is not None}
+    if (input_scale is not None or output_scale is not None) and len(indexed) < 2:  # the kernel has one index for both
         product = product_of(x, weight, "input" if output_scale is None else "output")
         if _route(x.device.index, product, adapter_index is not None).name == "triton":
             return by_triton(x, weight, bias, input_scale, output_scale, adapter_index)
@@ -110,7 +112,7 @@ def by_triton(
 def describe(
     device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None, available: Sequence[str], is_captured: bool
 ) -> str:
-    """The route of an output side of ``(rows, out_features, in_features)`` in words, for `ia3_kernels.explain`."""
+    """Say which route an output side of ``(rows, out_features, in_features)`` takes, for `ia3_kernels.explain`."""
     if shape is None:
         return f"matmul: {target.gpu_matmul()}, decided by shape"
     index = None if device.type == "cpu" else target.device_index(device)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import exact_reference
-from .schemas import check_activation, check_bounds, check_scale_weight_, check_scaled_linear
+from .schemas import check_activation, check_bounds, check_scale_weight_, check_scaled_linear, index_of
 
 # --- activations and their derivatives ---------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
         functools.partial(F.gelu, approximate="tanh"),
         functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     ),
-    "relu": (F.relu, lambda dy, x: dy * (x > 0)),
+    "relu": (F.relu, lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0)),
     "relu2": (lambda x: F.relu(x).square(), lambda dy, x: dy * 2 * F.relu(x)),
     "identity": (lambda x: x, lambda dy, x: dy),
 }
@@ -46,8 +46,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _rows_of_scale(scale: Tensor, adapter_index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The scale as it multiplies the rows: ``[n]``, or gathered to ``[*, n]`` with ones where the index is -1."""
-    scale = scale.to(dtype)
+    """Return the scale as it multiplies the rows: ``[n]``, or gathered to ``[*, n]`` with ones for no adapter."""
+    scale, adapter_index = scale.to(dtype), index_of(scale, adapter_index)
     if adapter_index is None:
         return scale.reshape(-1)
     adapters = scale.shape[0]

@@ -1,4 +1,4 @@
-"""Which way a matmul with a scale takes on a GPU: the library and a pass, a Triton kernel, or a CUDA kernel.
+"""The route of a matmul with a scale on a GPU: the library and a pass, a Triton kernel, or a CUDA kernel.
 
 Who knows, in this order: ``IA3_GPU_MATMUL``; what ``ia3 tune`` measured on this very device, for the same weight and a
 similar number of rows; the figures that come with the package (``routes_sm90.json``: one H100), of the shape that is
@@ -49,11 +49,11 @@ class Product:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What two products share if one's measurements say anything about the other: kernels differ with few rows."""
+        """Return what two products share if one's measurements hold for the other: kernels differ with few rows."""
         return self.side, self.element_size, self.is_transposed, self.rows <= FEW_ROWS
 
     def octaves(self, other: Product) -> float:
-        """How far another product is: the distance of (rows, outputs, inputs), in powers of two."""
+        """Return how far another product is: the distance of (rows, outputs, inputs), in powers of two."""
         sizes = zip((self.rows, self.outputs, self.inputs), (other.rows, other.outputs, other.inputs), strict=True)
         return math.hypot(*(math.log2(max(mine, 1) / max(its, 1)) for mine, its in sizes))
 
@@ -113,7 +113,7 @@ class Route(NamedTuple):
 
 
 def identity(index: int) -> dict[str, str]:
-    """What measurements of the GPU with this index hold for."""
+    """Return what measurements of the GPU with this index hold for."""
     return {
         "device": torch.cuda.get_device_name(index),
         "torch": str(torch.__version__),
@@ -123,7 +123,7 @@ def identity(index: int) -> dict[str, str]:
 
 
 def path_of(index: int) -> Path:
-    """The file of ``ia3 tune`` for the GPU with this index."""
+    """Return the file of ``ia3 tune`` for the GPU with this index."""
     device, torch_version, triton_version, kernels = identity(index).values()
     name = re.sub(r"\W+", "-", device).strip("-").lower()
     versions = re.sub(r"[^0-9a-z.]+", "-", f"torch{torch_version}-triton{triton_version}")
@@ -148,7 +148,7 @@ def read(path: Path, wanted: Mapping[str, str] | None = None) -> Measurements:
 
 
 def _entry(content: Mapping[str, Any]) -> tuple[Product, Measurement]:
-    """A product and its measurement; raises ValueError for what nobody could have measured."""
+    """Read a product and its measurement; raises ValueError for what nobody could have measured."""
     launch = content["launch"]
     sizes = [content[name] for name in ("rows", "outputs", "inputs", "element_size")]
     times = [content[name] for name in ("library", "triton", "cuda")]
@@ -163,7 +163,7 @@ def _entry(content: Mapping[str, Any]) -> tuple[Product, Measurement]:
 
 
 def _launch(content: Mapping[str, object]) -> LinearLaunch:
-    """The launch that a file describes; raises ValueError for one that no kernel could be launched with."""
+    """Read the launch that a file describes; raises ValueError for one that no kernel could be launched with."""
     values = {field.name: content[field.name] for field in fields(LinearLaunch)}
     for name, value in values.items():
         if not (isinstance(value, bool) if name == "TMA" else type(value) is int and value > 0):
@@ -185,7 +185,7 @@ def write(path: Path, facts: Mapping[str, str], measurements: Measurements) -> N
 
 @functools.cache
 def tuned(index: int) -> Measurements:
-    """What ``ia3 tune`` measured on the GPU with this index, read once; nothing where the file cannot be used."""
+    """Return what ``ia3 tune`` measured on the GPU with this index, read once; nothing where its file is of no use."""
     try:
         return read(path_of(index), identity(index))
     except ValueError:
@@ -194,7 +194,7 @@ def tuned(index: int) -> Measurements:
 
 @functools.cache
 def shipped(capability: int) -> Measurements:
-    """The package's figures for GPUs of this compute capability (90 for 9.0); nothing for those that it has not."""
+    """Return the package's figures for GPUs of this compute capability (90 for 9.0); nothing where it has none."""
     path = Path(__file__).with_name(f"routes_sm{capability}.json")
     return read(path) if path.is_file() else {}
 
@@ -216,13 +216,13 @@ def report(index: int | None) -> dict[Path, str]:
 
 
 def nearest(product: Product, measurements: Measurements) -> Product | None:
-    """The product among those measured that is the nearest of its kind; None where there is none of it."""
+    """Return the product among those measured that is the nearest of its kind; None where there is none of it."""
     alike = [other for other in measurements if other.kind == product.kind]
     return min(alike, key=product.octaves, default=None)
 
 
 def available() -> frozenset[str]:
-    """Which routes there are here beside the library."""
+    """Return the routes that there are here beside the library."""
     has = {
         "triton": target.triton_problem() is None,
         "cuda": target.cuda_problem() is None and bool(target.hopper_tiles()),
@@ -231,7 +231,7 @@ def available() -> frozenset[str]:
 
 
 def _known(index: int | None, product: Product) -> tuple[Measurement | None, str]:
-    """The measurement that answers for a product, and where it comes from in words."""
+    """Return the measurement that answers for a product, and where it comes from in words."""
     if index is None:
         return None, "not measured for tensors of a CPU"
     same = {

@@ -2,7 +2,8 @@
 
 Everything a backend must agree on stands here, before any backend. Shapes: ``K`` = in_features, ``N`` = out_features,
 ``I`` = intermediate size, ``A`` = adapters, ``*`` = any batch shape. Scales are ``[n]`` (one adapter), or ``[A, n]``
-with an int32 ``adapter_index`` of shape ``[*]``, in which ``-1`` selects no adapter (a scale of ones).
+with an int32 ``adapter_index`` of shape ``[*]``, in which ``-1`` selects no adapter (a scale of ones). Beside one that
+is indexed, a vector scales every row.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,6 +54,7 @@ SCHEMAS = {
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
 }
 
+DIFFERENTIABLE = ("scaled_linear", "gated_activation", "scaled_activation", "gated_mlp", "mlp")
 # Merging that can be undone; registered in Python, since milliseconds of work hide what that costs.
 EXACT = ("merge_exact_", "unmerge_exact_", "swap_exact_", "stays_finite")
 # What csrc/torch registers, with its gradients, where there is a native library.
@@ -108,6 +111,11 @@ def _check_activation(op: str, activation: str) -> None:
     )
 
 
+def _is_vector(scale: Tensor) -> bool:
+    """Return whether a scale is one of ``[n]``, or as PEFT stores it of ``[n, 1]`` or ``[1, n]``."""
+    return scale.dim() == 1 or (scale.dim() == 2 and 1 in scale.shape and scale.is_contiguous())
+
+
 def _check_scale(op: str, name: str, scale: Tensor | None, size: int, x: Tensor, adapter_index: Tensor | None) -> None:
     if scale is None:
         return
@@ -117,10 +125,8 @@ def _check_scale(op: str, name: str, scale: Tensor | None, size: int, x: Tensor,
         lambda: f"{op}: {name} is on {scale.device}, but the input is on {x.device}; move one of them.",
     )
     if adapter_index is None:
-        # PEFT's shapes, [n, 1] and [1, n], are vectors too.
-        is_vector = scale.dim() == 1 or (scale.dim() == 2 and 1 in scale.shape and scale.is_contiguous())
         _check(
-            is_vector and scale.numel() == size,
+            _is_vector(scale) and scale.numel() == size,
             lambda: (
                 f"{op}: {name} has shape {_shape(scale)}; expected [{size}] "
                 "(a two-dimensional scale also needs adapter_index)."
@@ -128,7 +134,7 @@ def _check_scale(op: str, name: str, scale: Tensor | None, size: int, x: Tensor,
         )
     else:
         _check(
-            scale.dim() == 2 and scale.shape[1] == size,
+            scale.dim() in (1, 2) and scale.shape[-1] == size,
             lambda: (
                 f"{op}: {name} has shape {_shape(scale)}; expected [adapters, {size}] because adapter_index is given."
             ),
@@ -138,7 +144,10 @@ def _check_scale(op: str, name: str, scale: Tensor | None, size: int, x: Tensor,
 def _check_index(op: str, adapter_index: Tensor | None, x: Tensor, scales: Sequence[Tensor | None]) -> None:
     if adapter_index is None:
         return
-    _check(any(scale is not None for scale in scales), lambda: f"{op}: adapter_index is given, but no scale to index.")
+    _check(
+        any(scale is not None and scale.dim() == 2 for scale in scales),
+        lambda: f"{op}: adapter_index is given, but no scale to index; expected one of shape [adapters, n].",
+    )
     _check(
         adapter_index.dtype == torch.int32,
         lambda: f"{op}: adapter_index has dtype {adapter_index.dtype}; expected torch.int32.",
@@ -242,6 +251,7 @@ def check_out(op: str, out: Tensor, like: Tensor, *others: Tensor | None) -> Non
     """Raise a sentence unless a result can be written into ``out``, computed from ``like`` and others."""
     for name, tensor in (("out", out), ("the input", like)):
         _check_given(op, name, tensor)
+    refuse_tangents(op, out, like, *others)
     _check(
         out.shape == like.shape and out.dtype == like.dtype and out.device == like.device and out.is_contiguous(),
         lambda: (
@@ -258,11 +268,56 @@ def check_out(op: str, out: Tensor, like: Tensor, *others: Tensor | None) -> Non
 def check_scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
     """Raise a sentence unless the arguments of ``scale_weight_`` fit together."""
     op = "scale_weight_"
-    _check_dtype(op, "weight", weight)
+    check_dim(op, weight, dim)
     _check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [out, in].")
-    _check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the rows) or 1 (scale the columns).")
-    _check_given(op, "scale", scale)
-    _check_scale(op, "scale", scale, weight.shape[dim], weight, None)
+    check_weight_scale(op, "scale", scale, weight, dim)
+
+
+def check_dim(op: str, weight: Tensor, dim: int) -> None:
+    """Raise a sentence unless a weight is of a known dtype and can be scaled along ``dim``."""
+    _check_dtype(op, "weight", weight)
+    _check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the outputs) or 1 (the inputs).")
+    _check(
+        weight.dim() > dim,
+        lambda: (
+            f"{op}: weight has shape {_shape(weight)} and dim is {dim}; expected [out] (dim 0), [out, in] or a "
+            "convolution's."
+        ),
+    )
+
+
+def check_weight_scale(op: str, name: str, scale: Tensor, weight: Tensor, dim: int, groups: int = 1) -> None:
+    """Raise a sentence unless a scale is a vector of what a weight has along ``dim``, in each of its groups."""
+    size = weight.shape[dim]
+    _check_given(op, name, scale)
+    _check(scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype.")
+    _check(
+        scale.device == weight.device,
+        lambda: f"{op}: {name} is on {scale.device}, but weight is on {weight.device}; move one of them.",
+    )
+    _check(
+        _is_vector(scale) and scale.numel() == groups * size and groups > 0 and weight.shape[0] % groups == 0,
+        lambda: f"{op}: {name} has shape {_shape(scale)}; expected [{size}], for a weight {_shape(weight)}.",
+    )
+
+
+def refuse_tangents(op: str, *args: object) -> None:
+    """Raise a sentence where forward-mode differentiation asks for a derivative that it would not get."""
+    if forward_ad._current_level < 0:
+        return
+    for arg in args:
+        _check(
+            not isinstance(arg, Tensor) or forward_ad.unpack_dual(arg).tangent is None,
+            lambda: (
+                f"{op}: forward-mode derivatives (jvp, jacfwd, dual numbers) are not implemented; differentiate "
+                "backward, or run the formula in plain torch where you need them."
+            ),
+        )
+
+
+def index_of(scale: Tensor | None, adapter_index: Tensor | None) -> Tensor | None:
+    """Return the index of a scale ``[A, n]``; None for a vector, which every row shares."""
+    return None if scale is None or scale.dim() == 1 else adapter_index
 
 
 def as_vector(scale: Tensor | None, adapter_index: Tensor | None = None) -> Tensor | None:
@@ -271,34 +326,22 @@ def as_vector(scale: Tensor | None, adapter_index: Tensor | None = None) -> Tens
 
 
 def pattern_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The integer dtype that holds a weight's bit pattern."""
+    """Return the integer dtype that holds a weight's bit pattern."""
     return {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 
 def parity_shape(weight: Tensor) -> tuple[int, int]:
-    """The shape of the lowest bits of ``weight [rows, cols]``, eight to a byte."""
+    """Return the shape of the lowest bits of ``weight [rows, cols]``, eight to a byte."""
     return weight.shape[0], (weight.shape[1] + 7) // 8
 
 
 def _check_exact_scale(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> None:
-    rows, cols = weight.shape
-    _check(scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype.")
+    groups = scale.shape[0] if dim == 1 and scale.dim() == 2 else 1
     _check(
-        scale.device == weight.device,
-        lambda: f"{op}: {name} is on {scale.device}, but the weight is on {weight.device}; move one of them.",
+        scale.dim() == 1 + dim,
+        lambda: f"{op}: {name} has shape {_shape(scale)}; expected {('[rows]', '[groups, cols]')[dim]}.",
     )
-    if dim == 0:
-        _check(
-            scale.dim() == 1 and scale.shape[0] == rows,
-            lambda: f"{op}: {name} has shape {_shape(scale)}; expected [{rows}].",
-        )
-    else:
-        _check(
-            scale.dim() == 2 and scale.shape[1] == cols and scale.shape[0] > 0 and rows % scale.shape[0] == 0,
-            lambda: (
-                f"{op}: {name} has shape {_shape(scale)}; expected [groups, {cols}], with groups that divide {rows}."
-            ),
-        )
+    check_weight_scale(op, name, scale.reshape(-1), weight, dim, groups)
 
 
 def check_exact(op: str, weight: Tensor, dim: int, **scales: Tensor) -> None:
@@ -312,7 +355,7 @@ def check_exact(op: str, weight: Tensor, dim: int, **scales: Tensor) -> None:
             "together in memory."
         ),
     )
-    _check(dim in (0, 1), lambda: f"{op}: dim is {dim}; expected 0 (scale the rows) or 1 (the columns).")
+    check_dim(op, weight, dim)
     for name, scale in scales.items():
         _check_exact_scale(op, name, weight, scale, dim)
 

@@ -14,23 +14,27 @@ from types import ModuleType
 import torch
 
 from .launches import Architecture
+from .schemas import COMPILED, EXACT
 
+# IA3_BACKEND and IA3_GPU_MATMUL are read when something is first chosen by them, and again after backends.refresh().
 BACKEND_VARIABLE = "IA3_BACKEND"  # auto (default), native, triton, cuda, reference
+GPU_MATMUL_VARIABLE = "IA3_GPU_MATMUL"  # auto (default), library, triton, cuda
 ISA_VARIABLE = "IA3_CPU_ISA"  # auto (default), avx512, avx2, plain: read by the native library when it loads
 MATMUL_VARIABLE = "IA3_CPU_MATMUL"  # auto (default), widen, library: read by the native library at first use
-GPU_MATMUL_VARIABLE = "IA3_GPU_MATMUL"  # auto (default), library, triton, cuda
 CACHE_VARIABLE = "IA3_CACHE"  # the folder of what `ia3 tune` measured
 # The first release with tensor descriptors that the host makes.
 OLDEST_TRITON = (3, 4)
 
 
+@functools.cache
 def requested_backend() -> str:
-    """The backend that the user asks for by name, or ``auto``."""
+    """Return the backend that the user asks for by name, or ``auto``."""
     return os.environ.get(BACKEND_VARIABLE, "auto").strip().lower() or "auto"
 
 
+@functools.cache
 def gpu_matmul() -> str:
-    """Which matmul the user wants on a GPU: ``auto``, ``library``, ``triton`` or ``cuda``.
+    """Return the matmul that the user wants on a GPU: ``auto``, ``library``, ``triton`` or ``cuda``.
 
     Raises ValueError for another word, and RuntimeError for kernels that cannot run here.
     """
@@ -43,20 +47,26 @@ def gpu_matmul() -> str:
     return wanted
 
 
+def forget_variables() -> None:
+    """Read IA3_BACKEND and IA3_GPU_MATMUL anew from here on; ``backends.refresh()`` calls this."""
+    requested_backend.cache_clear()
+    gpu_matmul.cache_clear()
+
+
 def cache_folder() -> Path:
-    """Where measurements of this user's devices are kept."""
+    """Return the folder where measurements of this user's devices are kept."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ia3-kernels"
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    """Return whether Triton's kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "yes", "on")
 
 
 @functools.cache
 def triton_problem() -> str | None:
-    """Why Triton's kernels cannot run in this process, or None."""
+    """Return why Triton's kernels cannot run in this process, or None."""
     if not is_interpreted() and not torch.cuda.is_available():
         return "there is no GPU that torch can use (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)."
     try:
@@ -72,7 +82,7 @@ def triton_problem() -> str | None:
 
 @functools.cache
 def architecture(index: int | None) -> Architecture:
-    """What kernel launches depend on, of the GPU with this index; of a small imaginary one for CPU tensors (None)."""
+    """Return what kernel launches depend on, of the GPU with this index; of an imaginary one for CPU tensors."""
     if index is None:
         return Architecture("cuda", 80, 4)
     properties = torch.cuda.get_device_properties(index)
@@ -81,13 +91,13 @@ def architecture(index: int | None) -> Architecture:
 
 
 def device_index(device: torch.device) -> int:
-    """The number of a GPU: the current one where the device does not say."""
+    """Return the number of a GPU: the current one where the device does not say."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 @functools.cache
 def cuda_problem() -> str | None:
-    """Why the compiled CUDA kernels cannot run in this process, or None."""
+    """Return why the compiled CUDA kernels cannot run in this process, or None."""
     kernels = _cuda_kernels()
     if not isinstance(kernels, ModuleType):
         return kernels
@@ -102,7 +112,7 @@ def cuda_problem() -> str | None:
 
 @functools.cache
 def kernel_sources() -> str:
-    """A hash of the GPU kernels' sources and launches, by which measurements know what they measured."""
+    """Return a hash of the GPU kernels' sources and launches, by which measurements know what they measured."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted([*(package / "triton").glob("*.py"), package / "launches.py"]):
@@ -115,11 +125,21 @@ def kernel_sources() -> str:
 
 @functools.cache
 def native_library() -> ModuleType | ImportError:
-    """The compiled extension, or the error that says why there is none."""
+    """Return the compiled extension, or the error that says why there is none that fits these files."""
     try:
         library = importlib.import_module("ia3_kernels._C")
     except ImportError as error:
         return error
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [op for op in COMPILED if not has_kernel(f"ia3::{op}", "CompositeExplicitAutograd")]
+    missing += [
+        name for name in (*EXACT, "fast", "isa", "matmul_route", "forget_choices") if not hasattr(library, name)
+    ]
+    if missing:
+        raise ImportError(
+            f"ia3_kernels: {library.__file__} was built from other sources than the Python files beside it, and lacks "
+            f"{', '.join(missing)}; build the package again, or delete that file to run the slower reference."
+        )
     # Settles the instruction set now: a wrong name in the environment is said at import, not at first use.
     library.isa()
     return library
@@ -155,7 +175,7 @@ def hopper_tile(name: str | None) -> int:
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -163,7 +183,7 @@ def version(distribution: str) -> str | None:
 
 
 def describe() -> dict[str, str]:
-    """What this machine and installation offer, as label -> sentence fragments for people to read."""
+    """Return what this machine and installation offer, as label -> sentence fragments for people to read."""
     native = native_library()
     facts = {
         "python": platform.python_version(),

@@ -21,7 +21,7 @@ Scales = tuple[Tensor | None, Tensor | None]  # of the input, of the output
 def launches(
     rows: int, outputs: int, inputs: int, element_size: int, architecture: Architecture, can_use_tma: bool
 ) -> list[LinearLaunch]:
-    """The computed launch first, then those around it that are worth a try."""
+    """Return the computed launch first, then those around it that are worth a try."""
     first = linear_launch(rows, outputs, inputs, element_size, architecture, can_use_tma)
     tiles = [(first.BLOCK_M, first.BLOCK_N, first.BLOCK_K)]
     warps: tuple[int, ...] = (4,)
@@ -43,7 +43,7 @@ def launches(
 
 
 def _median(function: Callable[[], object]) -> float:
-    """Seconds of one call on the GPU, with cold caches: the median of 50, with what the host takes hidden."""
+    """Measure the seconds of a call on the GPU, caches cold: the median of 50, with what the host takes hidden."""
     cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # more than any level of cache holds
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(60)]
     for start, end in events:
@@ -86,7 +86,7 @@ def measure_linear(index: int, product: Product, dtype: torch.dtype) -> Measurem
 
 
 def _library(x: Tensor, weight: Tensor, scales: Scales) -> Callable[[], Tensor]:
-    """The library's route as the backend that would run takes it, with its own pass."""
+    """Return the library's route as the backend that would run takes it, with its own pass."""
     if target.cuda_problem() is None:
         native: Any = target.native_library()
         return lambda: native.cuda.scaled_linear(x, weight, *scales, -1)
@@ -98,7 +98,7 @@ def _library(x: Tensor, weight: Tensor, scales: Scales) -> Callable[[], Tensor]:
 def _candidates(
     product: Product, x: Tensor, weight: Tensor, scales: Scales
 ) -> Iterator[tuple[str, Any, Callable[[], Tensor | None]]]:
-    """The kernels that may take a product: the route, the launch or tile, and a call that gives None if it does not."""
+    """List the kernels that may take a product: route, launch or tile, and a call that gives None if it does not."""
     is_few = product.rows <= FEW_ROWS
     if target.triton_problem() is None and (is_few or product.side == "output"):
         from triton.runtime.errors import OutOfResources

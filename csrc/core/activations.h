@@ -10,12 +10,12 @@ struct Both {
   Vec derivative;
 };
 
-// x sigmoid(z) and its derivative sigmoid(z) + x z' sigmoid(z) (1 - sigmoid(z)), with `slope` = z'
+// x sigmoid(z) and its derivative sigmoid(z) + x z' sigmoid(z) (1 - sigmoid(z)), with a finite `slope` = z'
 template <Precision kPrecision>
 inline Both times_sigmoid(Vec x, Vec z, Vec slope) {
   const Logistic l = logistic<kPrecision>(z);
   const Vec value = x * l.sigmoid;
-  return {value, fma(value * slope, l.complement, l.sigmoid)};
+  return {value, fma(value, slope * l.complement, l.sigmoid)};
 }
 
 // x sigmoid(x)
@@ -49,14 +49,15 @@ struct GeluTanh {
   static Vec argument(Vec x) { return x * fma(x * x, broadcast(kCubic), broadcast(kLinear)); }
   static Vec value(Vec x) { return x * logistic<kPrecision>(argument(x)).sigmoid; }
   static Both both(Vec x) {
-    return times_sigmoid<kPrecision>(x, argument(x), fma(x * x, broadcast(3.0f * kCubic), broadcast(kLinear)));
+    const Vec slope = fma(x * x, broadcast(3.0f * kCubic), broadcast(kLinear));
+    return times_sigmoid<kPrecision>(x, argument(x), min(broadcast(1e30f), slope));
   }
 };
 
 template <Precision>
 struct Relu {
   static Vec value(Vec x) { return max(broadcast(0.0f), x); }
-  static Both both(Vec x) { return {value(x), where_positive(x, broadcast(1.0f), broadcast(0.0f))}; }
+  static Both both(Vec x) { return {value(x), where_not_positive(x, broadcast(0.0f), broadcast(1.0f))}; }
 };
 
 // relu(x)^2

@@ -84,8 +84,8 @@ struct Logistic {
 
 template <typename T>
 IA3_HOST_DEVICE Logistic logistic(float x) {
-  // Below -87 sigmoid counts as 2^-126: e stays finite, and e sigmoid is 1 rather than infinity times zero.
-  const float e = exponential<T>(fminf(87.0f, -x));
+  // Below -88 e stays finite and sigmoid counts as 0, so that its product with any finite x is -0, as in the limit.
+  const float e = exponential<T>(fminf(88.0f, -x));
   const float d = 1.0f + e;
   float sigmoid = reciprocal<T>(d);
   if constexpr (sizeof(T) == 4) {
@@ -94,6 +94,7 @@ IA3_HOST_DEVICE Logistic logistic(float x) {
     const float lost = (1.0f - (d - rest)) + (e - rest);
     sigmoid = fmaf(sigmoid, fmaf(-d, sigmoid, 1.0f) - lost * sigmoid, sigmoid);
   }
+  if (x < -88.0f) sigmoid = 0.0f;
   return {sigmoid, e * sigmoid};
 }
 
@@ -124,12 +125,12 @@ struct Both {
   float value, derivative;
 };
 
-// x sigmoid(z) and its derivative sigmoid(z) + x z' sigmoid(z) (1 - sigmoid(z)), with `slope` = z'
+// x sigmoid(z) and its derivative sigmoid(z) + x z' sigmoid(z) (1 - sigmoid(z)), with a finite `slope` = z'
 template <typename T>
 IA3_HOST_DEVICE Both times_sigmoid(float x, float z, float slope) {
   const Logistic l = logistic<T>(z);
   const float value = x * l.sigmoid;
-  return {value, fmaf(value * slope, l.complement, l.sigmoid)};
+  return {value, fmaf(value, slope * l.complement, l.sigmoid)};
 }
 
 // act(x) and act'(x). Where only one of them is used, compilers drop the other's arithmetic; where `activation` is a
@@ -147,10 +148,11 @@ IA3_HOST_DEVICE Both activate(Activation activation, float x) {
       // x (1 + tanh(c (x + 0.044715 x^3))) / 2 = x sigmoid(2 c (x + 0.044715 x^3)), c = sqrt(2 / pi)
       constexpr float kLinear = 1.59576912f;   // 2 c
       constexpr float kCubic = 0.0713548163f;  // 2 c 0.044715
-      return times_sigmoid<T>(x, x * fmaf(x * x, kCubic, kLinear), fmaf(x * x, 3.0f * kCubic, kLinear));
+      const float slope = fminf(1e30f, fmaf(x * x, 3.0f * kCubic, kLinear));
+      return times_sigmoid<T>(x, x * fmaf(x * x, kCubic, kLinear), slope);
     }
     case Activation::kRelu:  // the comparisons keep a NaN
-      return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f};
+      return {x < 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f};
     case Activation::kRelu2: {
       const float positive = x < 0.0f ? 0.0f : x;
       return {positive * positive, positive + positive};

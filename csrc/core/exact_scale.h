@@ -1,4 +1,4 @@
-// Scaling that can be undone to the bit; docs/exact-merging.md has the proof.
+// Scaling whose undoing is bit-exact; docs/exact-merging.md has the proof.
 //
 // w' = round(w l) is a monotonic function of w that at most two weights share, neighbours among the patterns, wherever
 // both w and w' are normal numbers. So the lowest bit of w, its parity, tells which of them it was:

@@ -54,9 +54,9 @@ struct Logistic {
 
 template <Precision kPrecision>
 inline Logistic logistic(Vec x) {
-  // Below -87 sigmoid counts as 2^-126: e stays finite, and e sigmoid is 1 rather than infinity times zero.
+  // Below -88 e stays finite and sigmoid counts as 0, so that its product with any finite x is -0, as in the limit.
   const Vec one = broadcast(1.0f);
-  const Vec e = exp<kPrecision>(min(broadcast(87.0f), broadcast(0.0f) - x));
+  const Vec e = exp<kPrecision>(min(broadcast(88.0f), broadcast(0.0f) - x));
   const Vec d = one + e;
   Vec sigmoid = reciprocal<kPrecision>(d);
   if constexpr (kPrecision == Precision::kFull) {
@@ -65,6 +65,7 @@ inline Logistic logistic(Vec x) {
     const Vec lost = (one - (d - rest)) + (e - rest);
     sigmoid = fma(sigmoid, fma(broadcast(0.0f) - d, sigmoid, one) - lost * sigmoid, sigmoid);
   }
+  sigmoid = where_negative(x + broadcast(88.0f), broadcast(0.0f), sigmoid);
   return {sigmoid, e * sigmoid};
 }
 

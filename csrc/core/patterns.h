@@ -5,7 +5,7 @@
 // the weights go into those two is the type's own affair: a `Factors` has the same order.
 //
 // Every result here is decided by IEEE arithmetic alone (one multiplication, one rounding), never by an approximation
-// or a fused operation: what one machine merges, any other must undo to the bit.
+// or a fused operation: what one machine merges, any other must undo bit-exactly.
 #pragma once
 
 #include <type_traits>

@@ -95,8 +95,8 @@ inline Vec reciprocal_estimate(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 inline Vec where_negative(Vec x, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ), no.v, yes.v)};
 }
-inline Vec where_positive(Vec x, Vec yes, Vec no) {
-  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_GT_OQ), no.v, yes.v)};
+inline Vec where_not_positive(Vec x, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LE_OQ), no.v, yes.v)};
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 // The sums of four vectors, to out[0 .. 3]
@@ -194,8 +194,8 @@ inline Vec reciprocal_estimate(Vec a) { return {_mm256_div_ps(_mm256_set1_ps(1.0
 inline Vec where_negative(Vec x, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_LT_OQ))};
 }
-inline Vec where_positive(Vec x, Vec yes, Vec no) {
-  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
+inline Vec where_not_positive(Vec x, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_LE_OQ))};
 }
 inline float sum(Vec a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -275,8 +275,8 @@ inline Vec reciprocal_estimate(Vec a) { return broadcast(1.0f) / a; }
 inline Vec where_negative(Vec x, Vec yes, Vec no) {
   return map([&](int64_t i) { return x.v[i] < 0.0f ? yes.v[i] : no.v[i]; });
 }
-inline Vec where_positive(Vec x, Vec yes, Vec no) {
-  return map([&](int64_t i) { return x.v[i] > 0.0f ? yes.v[i] : no.v[i]; });
+inline Vec where_not_positive(Vec x, Vec yes, Vec no) {
+  return map([&](int64_t i) { return x.v[i] <= 0.0f ? yes.v[i] : no.v[i]; });
 }
 inline float sum(Vec a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
 inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {

@@ -85,7 +85,7 @@ FastMatmul fast_matmul() {
   // Intel's cores multiply bf16 pairs at half the rate of fp32 values, which gains nothing without AMX; AMD's do not.
   return {amx_bf16 || (avx512_bf16 && __builtin_cpu_is("amd") != 0), amx_fp16 || avx512_fp16};
 #else
-  return {true, true};  // no kernel of ours is vectorized here
+  return {true, true};  // no kernel is vectorized here
 #endif
 }
 

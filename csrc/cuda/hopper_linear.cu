@@ -1,4 +1,4 @@
-// y = (x W^T + b) s on Hopper: CUTLASS' main loop (TMA loads, warp-specialized wgmma) under an epilogue of ours, which
+// y = (x W^T + b) s on Hopper: CUTLASS' main loop (TMA loads, warp-specialized wgmma) under this file's epilogue, which
 // works on the fp32 sums and rounds once. Compiled once per tile (see CMakeLists.txt): IA3_TILE is its place in
 // hopper_linear.h. Bytes: 2 (rows in + out in + rows out) + 6 out.
 #include <atomic>

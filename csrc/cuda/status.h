@@ -16,7 +16,4 @@ ia3_status fail(ia3_status status, const char* format, ...);
 // What a call of the CUDA runtime means for the caller.
 ia3_status checked(cudaError_t error);
 
-// To be asked right after a launch.
-inline ia3_status launched() { return checked(cudaPeekAtLastError()); }
-
 }  // namespace ia3::cuda

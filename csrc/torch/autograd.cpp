@@ -3,9 +3,9 @@
 #include "autograd.h"
 
 #include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/library.h>
 
 #include "operators.h"
 #include "python.h"
@@ -81,24 +81,24 @@ struct ScaledLinear : torch::autograd::Function<ScaledLinear> {
       // y = z s_out:  dz = dy s_out, ds_out = sum of dy z
       at::Tensor dz = grads[0];
       if (needs_output_scale) {
-        std::tie(dz, result[4]) = call::scaled_activation_backward(grads[0], product, output_scale, "identity",
-                                                                   adapter_index, {needs_product, true});
+        std::tie(dz, result[4]) = call::scaled_activation_backward(
+            grads[0], product, output_scale, "identity", index_of(output_scale, adapter_index), {needs_product, true});
       } else if (output_scale && needs_product) {
-        dz = call::scaled_activation(grads[0], output_scale, "identity", adapter_index);
+        dz = call::scaled_activation(grads[0], output_scale, "identity", index_of(output_scale, adapter_index));
       }
       // z = (x s_in) W^T + b:  d(x s_in) = dz W
+      const OptionalTensor input_index = index_of(input_scale, adapter_index);
       if (needs_input_scale) {
         const at::Tensor scaled = call::scaled_linear(dz, weight.t(), {}, {}, {}, {});
         std::tie(result[0], result[3]) =
-            call::scaled_activation_backward(scaled, x, input_scale, "identity", adapter_index, {needs_x, true});
+            call::scaled_activation_backward(scaled, x, input_scale, "identity", input_index, {needs_x, true});
         if (!needs_x) result[0].reset();
       } else if (needs_x) {
         // The input scale is the output scale of the transposed product: dx = (dz W) s_in
-        result[0] =
-            call::scaled_linear(dz, weight.t(), {}, {}, input_scale, input_scale ? adapter_index : std::nullopt);
+        result[0] = call::scaled_linear(dz, weight.t(), {}, {}, input_scale, input_index);
       }
       if (needs_weight) {
-        const at::Tensor rows = input_scale ? call::scaled_activation(x, input_scale, "identity", adapter_index) : x;
+        const at::Tensor rows = input_scale ? call::scaled_activation(x, input_scale, "identity", input_index) : x;
         result[1] = flat(dz).t().matmul(flat(rows));
       }
       if (needs_bias) result[2] = flat(dz).sum(0);
@@ -227,16 +227,20 @@ at::Tensor autocast_linear(const at::Tensor& x, const at::Tensor& weight, const 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(ia3, Autograd, m) {
-  m.impl("scaled_linear", record_linear);
-  m.impl("gated_activation", record_gated);
-  m.impl("scaled_activation", record_scaled);
-  m.impl("scale_weight_", write_weight);
+void register_autograd(Registry& registry) {
+  torch::Library& autograd = registry[c10::DispatchKey::Autograd];
+  autograd.impl("scaled_linear", record_linear);
+  autograd.impl("gated_activation", record_gated);
+  autograd.impl("scaled_activation", record_scaled);
+  autograd.impl("scale_weight_", write_weight);
+  for (const char* op : {"scaled_linear_product", "scale_pair", "gated_activation_backward",
+                         "scaled_activation_backward", "scale_pair_backward"}) {
+    autograd.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+
+  registry[c10::DispatchKey::ADInplaceOrView].impl("scale_weight_", note_write);
+  registry[c10::DispatchKey::AutocastCPU].impl("scaled_linear", autocast_linear<c10::kCPU>);
+  registry[c10::DispatchKey::AutocastCUDA].impl("scaled_linear", autocast_linear<c10::kCUDA>);
 }
-
-TORCH_LIBRARY_IMPL(ia3, ADInplaceOrView, m) { m.impl("scale_weight_", note_write); }
-
-TORCH_LIBRARY_IMPL(ia3, AutocastCPU, m) { m.impl("scaled_linear", autocast_linear<c10::kCPU>); }
-TORCH_LIBRARY_IMPL(ia3, AutocastCUDA, m) { m.impl("scaled_linear", autocast_linear<c10::kCUDA>); }
 
 }  // namespace ia3

@@ -22,8 +22,10 @@ OptionalTensor optional(const at::Tensor& tensor);
 std::vector<at::Tensor> first_order(const char* op, std::vector<at::Tensor> gradients);
 
 inline bool is_recorded(const at::Tensor& tensor) {
-  // A tangent asks, too: the node that is made for it refuses forward-mode differentiation, which would get zeros.
-  return (tensor.requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(0).defined();
+  TORCH_CHECK(!tensor._fw_grad(0).defined(),
+              "ia3_kernels: forward-mode derivatives (jvp, jacfwd, dual numbers) are not implemented; differentiate ",
+              "backward, or run the formula in plain torch where you need them.");
+  return tensor.requires_grad() && at::GradMode::is_enabled();
 }
 inline bool is_recorded(const OptionalTensor& tensor) { return tensor && is_recorded(*tensor); }
 

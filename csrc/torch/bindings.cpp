@@ -179,6 +179,7 @@ PyObject* fast_activation_into(PyObject*, PyObject* const* values, Py_ssize_t co
   return run(args, [&] {
     const char* const op = up ? "gated_activation" : "scaled_activation";
     const BelowAutograd below;
+    check_memory(out);
     const Activation kind = check_activation(op, gate, up, scale, activation, adapter_index);
     for (const OptionalTensor& given : {OptionalTensor(gate), up, scale}) {
       if (given) at::assert_no_partial_overlap(out, *given);
@@ -219,6 +220,18 @@ auto below_autograd(Result (*function)(Args...)) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace ia3;
   m.doc() = "Compiled kernels of ia3_kernels, registered as torch.ops.ia3. Call them through ia3_kernels.";
+
+  try {
+    auto registry = std::make_unique<Registry>();
+    register_operators(*registry);
+    register_autograd(*registry);
+    register_blocks(*registry);
+    registry.release();  // for good
+  } catch (const c10::Error& error) {
+    throw py::import_error(std::string("it was built from other sources than the Python files beside it, so build the "
+                                       "package again: ") +
+                           error.what_without_backtrace());
+  }
 
   auto fast = m.def_submodule("fast", "The operators without torch.ops' overhead; None for what torch.ops has to do.");
   if (PyModule_AddFunctions(fast.ptr(), fast_functions()) != 0) throw py::error_already_set();

@@ -11,14 +11,19 @@ namespace py = pybind11;
 namespace ia3 {
 namespace {
 
+constexpr const char* kNoMemory =
+    "ia3_kernels: a tensor has no memory of its own, being sparse or because its storage was freed; expected dense "
+    "tensors.";
+
 // Raises what the function of that name in schemas.py has to say of these arguments.
 template <typename... Args>
 [[noreturn]] void refuse(const char* function, const Args&... args) {
   py::gil_scoped_acquire gil;
   py::module_::import("ia3_kernels.schemas").attr(function)(args...);
-  TORCH_CHECK(false, "ia3_kernels: a tensor has no memory of its own, being sparse or because its storage was freed; ",
-              "expected dense tensors.");
+  TORCH_CHECK(false, kNoMemory);
 }
+
+constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
 // Whether the elements are somewhere in memory: what is sparse, or was freed, has none.
 bool is_dense(const at::Tensor& x) {
@@ -39,16 +44,19 @@ bool is_like(const at::Tensor& tensor, const at::Tensor& x) {
 bool is_scale(const OptionalTensor& scale, int64_t size, const at::Tensor& x, bool has_index) {
   if (!scale) return true;
   if (!is_dense(*scale) || !scale->is_floating_point() || scale->device() != x.device()) return false;
-  if (has_index) return scale->dim() == 2 && scale->size(1) == size;
   if (scale->dim() == 1) return scale->size(0) == size;
+  if (has_index) return scale->dim() == 2 && scale->size(1) == size;
   return scale->dim() == 2 && scale->numel() == size && (scale->size(0) == 1 || scale->size(1) == 1) &&
          scale->is_contiguous();
 }
 
-bool is_index(const OptionalTensor& index, const at::Tensor& x) {
+// `adapters`: rows of the scales that it is for, of which there has to be one
+bool is_index(const OptionalTensor& index, const at::Tensor& x, int64_t adapters) {
   return !index || (is_dense(*index) && index->scalar_type() == at::kInt && index->device() == x.device() &&
-                    index->sizes() == x.sizes().slice(0, x.dim() - 1));
+                    index->sizes() == x.sizes().slice(0, x.dim() - 1) && adapters != kNone);
 }
+
+int64_t adapters_of(const OptionalTensor& scale) { return scale && scale->dim() == 2 ? scale->size(0) : kNone; }
 
 // Bounds are read where that costs no synchronization; a GPU's kernels read nothing outside of them, and give NaN.
 void check_bounds(const OptionalTensor& given, int64_t adapters) {
@@ -65,20 +73,19 @@ void check_bounds(const OptionalTensor& given, int64_t adapters) {
 
 }  // namespace
 
+void check_memory(const at::Tensor& tensor) { TORCH_CHECK(is_dense(tensor), kNoMemory); }
+
 void check_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& input_scale, const OptionalTensor& output_scale,
                   const OptionalTensor& adapter_index) {
-  const bool fits = is_float(x) && is_like(weight, x) && weight.dim() == 2 && x.dim() >= 1 &&
-                    x.size(-1) == weight.size(1) &&
-                    (!bias || (is_like(*bias, x) && bias->dim() == 1 && bias->size(0) == weight.size(0))) &&
-                    is_scale(input_scale, weight.size(1), x, adapter_index.has_value()) &&
-                    is_scale(output_scale, weight.size(0), x, adapter_index.has_value()) &&
-                    is_index(adapter_index, x) && (!adapter_index || input_scale || output_scale);
+  const int64_t adapters = std::min(adapters_of(input_scale), adapters_of(output_scale));
+  const bool fits =
+      is_float(x) && is_like(weight, x) && weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1) &&
+      (!bias || (is_like(*bias, x) && bias->dim() == 1 && bias->size(0) == weight.size(0))) &&
+      is_scale(input_scale, weight.size(1), x, adapter_index.has_value()) &&
+      is_scale(output_scale, weight.size(0), x, adapter_index.has_value()) && is_index(adapter_index, x, adapters);
   if (!fits) refuse("check_scaled_linear", x, weight, bias, input_scale, output_scale, adapter_index);
-  if (!adapter_index) return;
-  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  check_bounds(adapter_index,
-               std::min(input_scale ? input_scale->size(0) : kNone, output_scale ? output_scale->size(0) : kNone));
+  check_bounds(adapter_index, adapters);
 }
 
 Activation check_activation(std::string_view op, const at::Tensor& gate, const OptionalTensor& up,
@@ -88,13 +95,13 @@ Activation check_activation(std::string_view op, const at::Tensor& gate, const O
   const auto kind = std::find(kNames.begin(), kNames.end(), activation);
   const bool fits = is_float(gate) && gate.dim() >= 1 && kind != kNames.end() &&
                     (!up || (is_like(*up, gate) && up->sizes() == gate.sizes())) &&
-                    is_scale(scale, gate.size(-1), gate, adapter_index.has_value()) && is_index(adapter_index, gate) &&
-                    (!adapter_index || scale);
+                    is_scale(scale, gate.size(-1), gate, adapter_index.has_value()) &&
+                    is_index(adapter_index, gate, adapters_of(scale));
   if (!fits) refuse("check_activation", std::string(op), gate, up, scale, std::string(activation), adapter_index);
   if (grad.defined() && !(is_like(grad, gate) && grad.sizes() == gate.sizes())) {
     refuse("check_gradient", std::string(op), grad, gate);
   }
-  if (adapter_index) check_bounds(adapter_index, scale->size(0));
+  check_bounds(adapter_index, adapters_of(scale));
   return static_cast<Activation>(kind - kNames.begin());
 }
 

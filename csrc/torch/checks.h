@@ -9,6 +9,9 @@
 
 namespace ia3 {
 
+// Raises unless a tensor is dense and its elements are somewhere in memory.
+void check_memory(const at::Tensor& tensor);
+
 void check_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& input_scale, const OptionalTensor& output_scale,
                   const OptionalTensor& adapter_index);

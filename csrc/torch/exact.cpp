@@ -1,4 +1,4 @@
-// Scaling that can be undone to the bit: threads, escapes, and the way back from an error. The arithmetic is in
+// Scaling whose undoing is bit-exact: threads, escapes, and the way back from an error. The arithmetic is in
 // core/exact_scale.h.
 #include <algorithm>
 #include <atomic>
@@ -8,6 +8,7 @@
 
 #include "../cpu/kernels.h"
 #include "backend.h"
+#include "checks.h"
 
 namespace ia3 {
 namespace {
@@ -43,6 +44,7 @@ at::Tensor inverse_of(const at::Tensor& scale, at::ScalarType type) {
 // A scale for the kernels, with the tensors that own its memory
 struct Scaling {
   Scaling(const at::Tensor& weight, const at::Tensor& given, int64_t dim, const at::Tensor& parity) {
+    for (const at::Tensor* tensor : {&weight, &given, &parity}) check_memory(*tensor);
     const int64_t rows = weight.size(0), cols = weight.size(1), groups = dim == 1 ? given.size(0) : 1;
     scale = as_factors(given);
     const bool is_wide = weight.scalar_type() == at::kFloat;
@@ -119,7 +121,7 @@ struct Part {
   Escapes escapes;
 };
 
-// One pass over a weight: a scale is taken out of it (`from`), another put in (`to`), or both; null ones are not.
+// One pass over a weight: a scale is undone (`from`), another applied (`to`), or both; null ones are not.
 class Pass {
  public:
   Pass(const at::Tensor& weight, const Scaling* from, const at::Tensor& positions, const at::Tensor& bits,

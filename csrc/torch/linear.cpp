@@ -9,7 +9,7 @@
 namespace ia3 {
 namespace {
 
-// Where the library's own 16-bit matmul is used: what it computes for fewer rows costs more than our streaming kernel
+// Where the library's own 16-bit matmul is used: what it computes for fewer rows costs more than the streaming kernel
 constexpr int64_t kSmallRows16Bit = 16;
 
 // Rows that pass by a panel at a time. More of them mean that W is packed less often, fewer that they and their sums
@@ -82,7 +82,7 @@ at::Tensor workspace(int64_t elements) {
   return kept;
 }
 
-// Our own matmul: operands widen to fp32 while they are packed. Where the processor's bf16 instruction runs at less
+// The blocked matmul: operands widen to fp32 while they are packed. Where the processor's bf16 instruction runs at less
 // than the fp32 rate, this is faster than the library's bf16 matmul, and more accurate: scales and bias meet fp32
 // values on both sides, and the only rounding is the last.
 void widened_linear(const Problem& p) {
@@ -160,12 +160,13 @@ bool widens(at::ScalarType dtype) {
   return !(dtype == at::kBFloat16 ? library.bfloat16 : library.float16);
 }
 
-// Whether our kernel streams the weight for so few rows; for more, a blocked matmul reuses it better. The crossings
-// were measured against MKL, oneDNN and our own on an AVX-512 machine without AMX (docs/performance.md).
+// Whether the small kernel streams the weight for so few rows; for more, a blocked matmul reuses it better. The
+// crossings were measured against MKL, oneDNN and the blocked one on an AVX-512 machine without AMX
+// (docs/performance.md).
 bool is_small(at::ScalarType dtype, bool transposed, int64_t rows) {
   if (dtype == at::kFloat) return rows <= (transposed ? 8 : 24);
-  const int64_t against_ours = transposed ? 6 : 24;
-  return rows <= (widens(dtype) ? against_ours : kSmallRows16Bit);
+  const int64_t against_blocked = transposed ? 6 : 24;
+  return rows <= (widens(dtype) ? against_blocked : kSmallRows16Bit);
 }
 
 }  // namespace

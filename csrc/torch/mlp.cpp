@@ -8,7 +8,6 @@
 //   dx = dg Wg + du Wu                  4 T I H flops; the second product is added by the matmul, not by a kernel
 // With scales of the inputs dx and their gradients come from one pass over x and both products, 4 T H b bytes.
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "autograd.h"
 #include "operators.h"
@@ -27,7 +26,7 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight) {
 
 // sum += x W, for a sum that nobody else holds
 at::Tensor add_product(at::Tensor sum, const at::Tensor& x, const at::Tensor& weight) {
-  // Where our own matmul is the faster one: CPUs, in 16 bits
+  // Where this package's matmul is the faster one: CPUs, in 16 bits
   if (sum.is_cpu() && sum.scalar_type() != at::kFloat) return sum.add_(product(x, weight));
   flat(sum).addmm_(flat(x), weight);
   return sum;
@@ -204,23 +203,22 @@ at::Tensor autocast_plain(const at::Tensor& x, const at::Tensor& up_weight, cons
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(ia3, CompositeExplicitAutograd, m) {
-  m.impl("gated_mlp", gated_mlp);
-  m.impl("mlp", mlp);
-}
+void register_blocks(Registry& registry) {
+  torch::Library& kernels = registry[c10::DispatchKey::CompositeExplicitAutograd];
+  kernels.impl("gated_mlp", gated_mlp);
+  kernels.impl("mlp", mlp);
 
-TORCH_LIBRARY_IMPL(ia3, Autograd, m) {
-  m.impl("gated_mlp", record_gated);
-  m.impl("mlp", record_plain);
-}
+  torch::Library& autograd = registry[c10::DispatchKey::Autograd];
+  autograd.impl("gated_mlp", record_gated);
+  autograd.impl("mlp", record_plain);
 
-TORCH_LIBRARY_IMPL(ia3, AutocastCPU, m) {
-  m.impl("gated_mlp", autocast_gated<c10::kCPU>);
-  m.impl("mlp", autocast_plain<c10::kCPU>);
-}
-TORCH_LIBRARY_IMPL(ia3, AutocastCUDA, m) {
-  m.impl("gated_mlp", autocast_gated<c10::kCUDA>);
-  m.impl("mlp", autocast_plain<c10::kCUDA>);
+  torch::Library& autocast_cpu = registry[c10::DispatchKey::AutocastCPU];
+  autocast_cpu.impl("gated_mlp", autocast_gated<c10::kCPU>);
+  autocast_cpu.impl("mlp", autocast_plain<c10::kCPU>);
+
+  torch::Library& autocast_cuda = registry[c10::DispatchKey::AutocastCUDA];
+  autocast_cuda.impl("gated_mlp", autocast_gated<c10::kCUDA>);
+  autocast_cuda.impl("mlp", autocast_plain<c10::kCUDA>);
 }
 
 }  // namespace ia3

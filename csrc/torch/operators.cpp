@@ -2,7 +2,6 @@
 #include "operators.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <torch/library.h>
 
 #include "backend.h"
 #include "checks.h"
@@ -16,25 +15,40 @@ void shape_like(at::Tensor& gradient, const OptionalTensor& scale) {
   if (scale && scale->dim() != gradient.dim()) gradient = gradient.view(scale->sizes());
 }
 
+// Of two scales of which one alone is indexed, that one gets a pass of its own.
+at::Tensor run_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& input_scale, const OptionalTensor& output_scale,
+                      const OptionalTensor& adapter_index, at::Tensor* product) {
+  check_linear(x, weight, bias, input_scale, output_scale, adapter_index);
+  const Backend& backend = backend_of("scaled_linear", x);
+  const auto apply = [&](const at::Tensor& rows, const OptionalTensor& scale) {
+    return backend.activation(rows, std::nullopt, scale, Activation::kIdentity, adapter_index, std::nullopt);
+  };
+  if (adapter_index && input_scale && output_scale && input_scale->dim() != output_scale->dim()) {
+    if (input_scale->dim() == 2) {
+      return backend.linear(apply(x, input_scale), weight, bias, std::nullopt, output_scale, std::nullopt, product);
+    }
+    const at::Tensor z = backend.linear(x, weight, bias, input_scale, std::nullopt, std::nullopt, nullptr);
+    if (product != nullptr) *product = z;
+    return apply(z, output_scale);
+  }
+  return backend.linear(x, weight, bias, as_vector(input_scale, adapter_index), as_vector(output_scale, adapter_index),
+                        adapter_index, product);
+}
+
 at::Tensor scaled_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& input_scale, const OptionalTensor& output_scale,
                          const OptionalTensor& adapter_index) {
   const BelowAutograd below;
-  check_linear(x, weight, bias, input_scale, output_scale, adapter_index);
-  return backend_of("scaled_linear", x)
-      .linear(x, weight, bias, as_vector(input_scale, adapter_index), as_vector(output_scale, adapter_index),
-              adapter_index, nullptr);
+  return run_linear(x, weight, bias, input_scale, output_scale, adapter_index, nullptr);
 }
 
 Tensor2 scaled_linear_product(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& input_scale, const at::Tensor& output_scale,
                               const OptionalTensor& adapter_index) {
   const BelowAutograd below;
-  check_linear(x, weight, bias, input_scale, output_scale, adapter_index);
   at::Tensor product;
-  const at::Tensor y = backend_of("scaled_linear", x)
-                           .linear(x, weight, bias, as_vector(input_scale, adapter_index),
-                                   as_vector(OptionalTensor(output_scale), adapter_index), adapter_index, &product);
+  const at::Tensor y = run_linear(x, weight, bias, input_scale, output_scale, adapter_index, &product);
   return {y, product};
 }
 
@@ -105,17 +119,18 @@ void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t di
 
 }  // namespace
 
-// One kernel for every device: the backend knows the device, so the dispatcher need not.
-TORCH_LIBRARY_IMPL(ia3, CompositeExplicitAutograd, m) {
-  m.impl("scaled_linear", scaled_linear);
-  m.impl("scaled_linear_product", scaled_linear_product);
-  m.impl("gated_activation", gated_activation);
-  m.impl("gated_activation_backward", gated_activation_backward);
-  m.impl("scaled_activation", scaled_activation);
-  m.impl("scaled_activation_backward", scaled_activation_backward);
-  m.impl("scale_pair", scale_pair);
-  m.impl("scale_pair_backward", scale_pair_backward);
-  m.impl("scale_weight_", scale_weight_);
+void register_operators(Registry& registry) {
+  // One kernel for every device: the backend knows the device, so the dispatcher need not.
+  torch::Library& kernels = registry[c10::DispatchKey::CompositeExplicitAutograd];
+  kernels.impl("scaled_linear", scaled_linear);
+  kernels.impl("scaled_linear_product", scaled_linear_product);
+  kernels.impl("gated_activation", gated_activation);
+  kernels.impl("gated_activation_backward", gated_activation_backward);
+  kernels.impl("scaled_activation", scaled_activation);
+  kernels.impl("scaled_activation_backward", scaled_activation_backward);
+  kernels.impl("scale_pair", scale_pair);
+  kernels.impl("scale_pair_backward", scale_pair_backward);
+  kernels.impl("scale_weight_", scale_weight_);
 }
 
 }  // namespace ia3

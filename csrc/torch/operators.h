@@ -2,8 +2,10 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
 
 #include <array>
+#include <list>
 #include <string_view>
 #include <tuple>
 
@@ -71,4 +73,21 @@ IA3_OPERATOR(mlp, at::Tensor,
 #undef IA3_OPERATOR
 
 }  // namespace call
+
+// What the module registers when Python imports it. TORCH_LIBRARY_IMPL would do so while the library is loaded, where
+// an exception (the schemas are those of other sources) ends the process.
+class Registry {
+ public:
+  torch::Library& operator[](c10::DispatchKey key) {
+    return libraries_.emplace_back(torch::Library::IMPL, "ia3", key, __FILE__, __LINE__);
+  }
+
+ private:
+  std::list<torch::Library> libraries_;
+};
+
+void register_operators(Registry& registry);
+void register_autograd(Registry& registry);
+void register_blocks(Registry& registry);
+
 }  // namespace ia3

@@ -44,6 +44,11 @@ inline OptionalTensor as_vector(const OptionalTensor& scale, const OptionalTenso
   return scale && !adapter_index ? OptionalTensor(as_vector(*scale)) : scale;
 }
 
+// The index of a scale [A, n]; none for a vector, which every row shares
+inline OptionalTensor index_of(const OptionalTensor& scale, const OptionalTensor& adapter_index) {
+  return scale && scale->dim() == 2 ? adapter_index : std::nullopt;
+}
+
 // A scale as fp32 in adjacent elements: itself where it is that already.
 at::Tensor as_factors(const at::Tensor& scale);
 

@@ -1,4 +1,4 @@
-"""Which implementation runs an operator, and why.
+"""The choice of what runs an operator, and its reason.
 
 A backend is one file that ends in a `Backend`; adding one is that file and its line in `_BACKENDS`. They stand in order
 of preference. The dispatcher sees a single kernel per operator: the native library's, which asks here once for each
@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import matmul, routes, target
 from ..chunks import chunks_by_adapter
 from ..launches import activation_launch
-from ..schemas import COMPILED, EXACT, LIBRARY, SCHEMAS, check_arguments
+from ..schemas import COMPILED, DIFFERENTIABLE, EXACT, LIBRARY, SCHEMAS, check_arguments, index_of, refuse_tangents
 from . import cuda, native, reference, triton
 from .base import Backend
 
@@ -37,7 +37,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run here, and the reason in words."""
+    """A backend that can run here or cannot, and the reason in words."""
 
     name: str
     available: bool
@@ -45,7 +45,7 @@ class BackendStatus:
 
 
 def get(name: str) -> Backend:
-    """The backend called `name`; raises ValueError where there is none and RuntimeError where it cannot run here."""
+    """Return the backend called `name`; raises ValueError where there is none, RuntimeError where it cannot run."""
     for backend in _BACKENDS:
         if backend.name == name:
             problem = backend.unavailable()
@@ -57,7 +57,7 @@ def get(name: str) -> Backend:
 
 
 def report() -> list[BackendStatus]:
-    """Every backend with its status here, in order of preference."""
+    """Return every backend with its status here, in order of preference."""
     return [
         BackendStatus(backend.name, problem is None, problem or backend.description)
         for backend in _BACKENDS
@@ -109,8 +109,10 @@ def refresh() -> None:
     """Choose anew from here on.
 
     What runs an operator is chosen at its first call for a device, dtype and, for a GPU's matmul, shape, from
-    IA3_BACKEND, IA3_GPU_MATMUL and what `ia3 tune` has measured. Call this after one of them has changed.
+    IA3_BACKEND, IA3_GPU_MATMUL and what `ia3 tune` has measured. Call this after one of them has changed: neither
+    variable is read again before. `explain` says what they do.
     """
+    target.forget_variables()
     choose.cache_clear()
     matmul.forget_choices()
     library = target.native_library()
@@ -206,9 +208,8 @@ def _scaled_linear_product(
     output_scale: Tensor,
     adapter_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    input_index = None if input_scale is None else adapter_index
-    product = run("scaled_linear", x, weight, bias, input_scale, None, input_index)
-    return run("scaled_activation", product, output_scale, "identity", adapter_index), product
+    product = run("scaled_linear", x, weight, bias, input_scale, None, index_of(input_scale, adapter_index))
+    return run("scaled_activation", product, output_scale, "identity", index_of(output_scale, adapter_index)), product
 
 
 def _register(op: str) -> None:
@@ -223,19 +224,27 @@ def _register(op: str) -> None:
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
 
 
-def _register_in_place(op: str) -> None:
-    """Tell autograd of an operator that writes over its first argument, and is not differentiable."""
+def _register_refusal(op: str) -> None:
+    """Tell autograd of an operator that is not differentiable."""
     operator = getattr(torch.ops.ia3, op)
-    is_noted = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
-    def refuse(weight: Tensor, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in (weight, *args)):
+    def refuse(*args: Any) -> Any:
+        refuse_tangents(op, *args)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             raise RuntimeError(
-                f"{op}: weight or scale requires grad, and an in-place scaling is not differentiable; "
-                "call it under torch.no_grad()."
+                f"{op}: an argument requires grad, and the operator is not differentiable; call it under "
+                "torch.no_grad()."
             )
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(weight, *args)
+            return operator(*args)
+
+    LIBRARY.impl(op, refuse, "Autograd")
+
+
+def _register_in_place(op: str) -> None:
+    """Tell torch's counter of versions of an operator that writes over its first argument."""
+    operator = getattr(torch.ops.ia3, op)
+    is_noted = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
     def note(weight: Tensor, *args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(is_noted):
@@ -243,7 +252,6 @@ def _register_in_place(op: str) -> None:
         torch.autograd.graph.increment_version(weight)
         return result
 
-    LIBRARY.impl(op, refuse, "Autograd")
     LIBRARY.impl(op, note, "ADInplaceOrView")  # in inference mode too, where a weight may be part of a graph
 
 
@@ -254,6 +262,8 @@ def _register_all() -> None:
             _register(op)
         if op.endswith("_"):
             _register_in_place(op)
+        if op not in DIFFERENTIABLE:
+            _register_refusal(op)
 
 
 _register_all()

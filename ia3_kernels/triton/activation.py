@@ -184,7 +184,7 @@ def reduce_partials_kernel(
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """``x`` as ``[rows, cols]`` with contiguous columns; a view where its strides allow one."""
+    """Return ``x`` as ``[rows, cols]`` with contiguous columns; a view where its strides allow one."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
@@ -202,7 +202,7 @@ def forward(
     out: Tensor | None = None,
     launch: ActivationLaunch | None = None,
 ) -> Tensor:
-    """act(gate) ∘ up ∘ scale, with or without ``up``; into ``out`` where given, which may be ``gate`` itself."""
+    """Compute act(gate) ∘ up ∘ scale, with or without ``up``; into ``out`` where given, which may be ``gate``."""
     out = gate.new_empty(gate.shape) if out is None else out
     if not out.numel():
         return out
@@ -242,7 +242,7 @@ def backward(
     wants: Sequence[bool],
     launch: ActivationLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gate, up and scale; an empty tensor for one that is not wanted."""
+    """Compute the gradients of gate, up and scale; an empty tensor for one that is not wanted."""
     wants_gate, wants_up, wants_scale = wants
     nothing = gate.new_empty(0)
     grad_gate = gate.new_empty(gate.shape) if wants_gate else nothing

@@ -24,7 +24,7 @@ _GELU_CUBIC: tl.constexpr = tl.constexpr(0.0713548163)  # 0.044715 of it
 
 @triton.jit
 def exponential(x, DTYPE: tl.constexpr):
-    """e^x, saturating. A NaN may come out as a number: the activations are products with x itself."""
+    """Compute e^x, saturating. A NaN may come out as a number: the activations are products with x itself."""
     if DTYPE == tl.float32:
         # e^x = 2^n e^r, with r = x - n ln(2) in two steps so that r keeps its low bits, and 2^n in two factors, since
         # it leaves the range of fp32 before e^x does
@@ -44,7 +44,7 @@ def exponential(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, DTYPE: tl.constexpr):
-    """1 / x."""
+    """Compute 1 / x."""
     if DTYPE == tl.float32 or INTERPRETED:
         return 1.0 / x
     else:
@@ -53,9 +53,9 @@ def reciprocal(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def logistic(x, DTYPE: tl.constexpr):
-    """σ(x), and 1 - σ(x) as a product that cancels nothing."""
-    # Below -87 σ counts as 2^-126: e stays finite, and e σ is 1 rather than infinity times zero.
-    e = exponential(tl.minimum(87.0, -x), DTYPE)
+    """Compute σ(x), and 1 - σ(x) as a product that cancels nothing."""
+    # Below -88 e stays finite and σ counts as 0, so that its product with any finite x is -0, as in the limit.
+    e = exponential(tl.minimum(88.0, -x), DTYPE)
     d = 1.0 + e
     sigmoid = reciprocal(d, DTYPE)
     if DTYPE == tl.float32:
@@ -63,12 +63,13 @@ def logistic(x, DTYPE: tl.constexpr):
         rest = d - 1.0
         lost = (1.0 - (d - rest)) + (e - rest)
         sigmoid += (tl.fma(-d, sigmoid, 1.0) - lost * sigmoid) * sigmoid
+    sigmoid = tl.where(x < -88.0, 0.0, sigmoid)
     return sigmoid, e * sigmoid
 
 
 @triton.jit
 def normal(x, DTYPE: tl.constexpr):
-    """The standard normal distribution: Φ(x), and exp(-x² / 2), which Φ needs anyway."""
+    """Compute the standard normal distribution: Φ(x), and exp(-x² / 2), which Φ needs anyway."""
     # Φ(-t) = exp(-t² / 2) y P(y), y = 1 / (1 + 0.33 t), for t >= 0: no cancellation in the lower tail
     gaussian = exponential(x * x * -0.5, DTYPE)
     y = reciprocal(tl.abs(x) * 0.33 + 1.0, DTYPE)
@@ -85,7 +86,7 @@ def normal(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """act(x) and act'(x) from shared parts; where only one of them is used, the compiler drops the other's."""
+    """Compute act(x) and act'(x) from shared parts; where one alone is used, the compiler drops the other's."""
     if ACTIVATION == "silu":
         # x σ(x) ; σ(x) + x σ(x) (1 - σ(x))
         s, rest = logistic(x, DTYPE)
@@ -97,9 +98,10 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # x (1 + tanh(z / 2)) / 2 = x σ(z) ; σ(z) + x z' σ(z) (1 - σ(z))
         s, rest = logistic(x * (_GELU_CUBIC * (x * x) + _GELU_LINEAR), DTYPE)
-        return x * s, x * s * (3.0 * _GELU_CUBIC * (x * x) + _GELU_LINEAR) * rest + s
+        slope = tl.minimum(1e30, 3.0 * _GELU_CUBIC * (x * x) + _GELU_LINEAR)
+        return x * s, x * s * (slope * rest) + s
     elif ACTIVATION == "relu":
-        return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)  # a NaN stays one
+        return tl.where(x < 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)  # a NaN stays one, and its derivative is 1
     elif ACTIVATION == "relu2":
         r = tl.where(x < 0.0, 0.0, x)
         return r * r, 2.0 * r
@@ -110,7 +112,7 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def tile_of_program(cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first row (int64) of this program's tile, and its columns ``[BLOCK_N]``.
+    """Return the first row (int64) of this program's tile, and its columns ``[BLOCK_N]``.
 
     Programs that run at the same time lie along the rows, so that together they stream whole pages of memory.
     """
@@ -121,7 +123,7 @@ def tile_of_program(cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def load_scale(scale, adapter, adapters, scale_stride, col, mask):
-    """Rows of a scale ``[adapters, n]`` by their adapters, in fp32: ones for -1, NaN for an index that has no row.
+    """Load rows of a scale ``[adapters, n]`` by adapter, in fp32: ones for -1, NaN for an index that has no row.
 
     adapter, col and mask broadcast against each other. Nothing outside of the scale is read, whatever the index.
     """
@@ -132,7 +134,7 @@ def load_scale(scale, adapter, adapters, scale_stride, col, mask):
 
 @triton.jit
 def add_to_sum(total, lost, term, DTYPE: tl.constexpr):
-    """total + term, and what the sums so far rounded away (Kahan), which is kept where the terms are fp32."""
+    """Return total + term, and what the sums so far rounded away (Kahan), kept where the terms are fp32."""
     if DTYPE == tl.float32:
         addend = term - lost
         after = total + addend
@@ -143,7 +145,7 @@ def add_to_sum(total, lost, term, DTYPE: tl.constexpr):
 
 @triton.jit
 def sum_chunks(partials, first, last, cols, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns ``col`` ``[1, BLOCK_N]`` of rows first .. last of ``partials [*, cols]``, added up in their order."""
+    """Add up columns ``col`` ``[1, BLOCK_N]`` of rows first .. last of ``partials [*, cols]``, in their order."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(first, last, BLOCK_M):
         chunk = start + tl.arange(0, BLOCK_M)[:, None]
@@ -154,7 +156,7 @@ def sum_chunks(partials, first, last, cols, col, BLOCK_M: tl.constexpr, BLOCK_N:
 
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
-    """fp32 ``x`` in DTYPE, to nearest even."""
+    """Round fp32 ``x`` to DTYPE, to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         # The interpreter truncates to bf16, so round here, in the upper half of the bits: truncating is exact then.
         bits = x.to(tl.int32, bitcast=True)

@@ -35,7 +35,7 @@ from .functions import INTERPRETED, load_scale, round_to
 
 @triton.jit
 def _place_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The row and column of the ``tile``-th tile, going down GROUP_M tiles before going right."""
+    """Return the row and column of the ``tile``-th tile, going down GROUP_M tiles before going right."""
     group = tile // (GROUP_M * tiles_n)
     first = group * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
@@ -45,7 +45,7 @@ def _place_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _finish(acc, row, col, bias, output_scale, index, rows, outputs, adapters):
-    """(acc + b) ∘ s_out in fp32; row ``[M, 1]``, col ``[1, N]``."""
+    """Compute (acc + b) ∘ s_out in fp32; row ``[M, 1]``, col ``[1, N]``."""
     if bias is not None:
         acc += tl.load(bias + col, mask=col < outputs, other=0.0).to(tl.float32)
     if output_scale is not None:
@@ -161,7 +161,7 @@ def combine_fwd_kernel(
 
 
 def _is_aligned(*matrices: Tensor) -> bool:
-    """Whether addresses and rows are on 16 bytes, as 16-byte loads and TMA need."""
+    """Return whether addresses and rows are on 16 bytes, as 16-byte loads and TMA need."""
     return all(
         matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.stride(1) == 1
         for matrix in matrices
@@ -179,7 +179,7 @@ def matmul(
     architecture: Architecture,
     launch: LinearLaunch | None = None,
 ) -> Tensor:
-    """``scaled_linear`` with the product in Triton; checked arguments, x ``[*, K]`` → ``[*, N]``."""
+    """Run ``scaled_linear`` with the product in Triton; checked arguments, x ``[*, K]`` → ``[*, N]``."""
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if not out.numel():
         return out

@@ -147,7 +147,7 @@ def reduce_pair_kernel(
 
 
 def forward(x: Tensor, first: Tensor, second: Tensor, launch: ActivationLaunch | None = None) -> tuple[Tensor, Tensor]:
-    """x ∘ first and x ∘ second."""
+    """Compute x ∘ first and x ∘ second."""
     a, b = x.new_empty(x.shape), x.new_empty(x.shape)
     if not x.numel():
         return a, b
@@ -179,7 +179,7 @@ def backward(
     wants: Sequence[bool],
     launch: ActivationLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, first and second; an empty tensor for one that is not wanted."""
+    """Compute the gradients of x, first and second; an empty tensor for one that is not wanted."""
     wants_x, wants_first, wants_second = wants
     grad_x = x.new_empty(x.shape if wants_x else 0)
     sums = first.new_zeros(first.shape if wants_first else 0), second.new_zeros(second.shape if wants_second else 0)

@@ -26,8 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _alone() -> Iterator[None]:
+    """Start every test from one seed and from choices that no other test has made."""
     torch.manual_seed(0)
+    yield
+    backends.refresh()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,8 +54,6 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setenv(target.BACKEND_VARIABLE, "triton")
         backends.refresh()
         yield request.param
-        monkeypatch.undo()
-        backends.refresh()
     elif request.param == "emulated":
         with emulated_bindings.backend(monkeypatch):
             yield request.param

@@ -69,7 +69,12 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
     ("scaled_linear", (X, W, None, torch.randn(5)), r"input_scale has shape \[5\]; expected \[6\]"),
     ("scaled_linear", (X, W, None, None, S6), r"output_scale has shape \[6\]; expected \[5\]"),
     ("scaled_linear", (X, W, None, torch.ones(2, 6)), r"two-dimensional scale also needs adapter_index"),
-    ("scaled_linear", (X, W, None, S6, None, INDEX), r"expected \[adapters, 6\] because adapter_index is given"),
+    (
+        "scaled_linear",
+        (X, W, None, torch.ones(2, 5), None, INDEX),
+        r"expected \[adapters, 6\] because adapter_index is given",
+    ),
+    ("scaled_linear", (X, W, None, S6, None, INDEX), r"no scale to index; expected one of shape \[adapters, n\]"),
     ("scaled_linear", (X, W, None, None, None, INDEX), r"adapter_index is given, but no scale to index"),
     ("scaled_linear", (X, W, None, torch.ones(2, 6), None, INDEX.long()), r"expected torch.int32"),
     ("scaled_linear", (X, W, None, torch.ones(2, 6), None, INDEX[:2]), r"adapter_index has shape \[2\].*\[3\]"),
@@ -229,10 +234,29 @@ def test_what_is_neither_tensor_nor_none_gets_a_sentence() -> None:
 @pytest.mark.usefixtures("place")
 def test_forward_mode_differentiation_is_refused() -> None:
     x, weight, scale = (_here(t) for t in (X, W, S6))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(RuntimeError, match="jvp"):
-            kernels.scaled_linear(dual, weight, None, scale)
+    mask = [True, True]
+    calls: list[Callable[[Tensor], Any]] = [
+        lambda x: kernels.scaled_linear(x, weight, None, scale),
+        lambda x: kernels.scaled_activation(x, scale),
+        lambda x: kernels.gated_activation(x, x, scale),
+        lambda x: kernels.gated_mlp(x, weight, weight, weight.t()),
+        lambda x: kernels.mlp(x, weight, weight.t()),
+        lambda x: kernels.scale_weight_(x, scale, 1),
+        lambda x: kernels.scaled_activation(X, scale, out=x),
+        lambda x: kernels.merge_(x, scale, 1),
+        lambda x: kernels.merge_(weight.clone(), x[0], 1, exact=True),
+        lambda x: ops.scaled_activation_backward(x, x, scale, "silu", None, mask)[0],
+        lambda x: ops.scale_pair(x, scale, scale)[0],
+    ]
+    for call in calls:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            for mode in (torch.enable_grad, torch.no_grad):
+                with mode(), pytest.raises(RuntimeError, match=r"forward-mode derivatives|forward AD"):
+                    call(dual)
+        for transform in (torch.func.jacfwd, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+            with pytest.raises(RuntimeError, match=r"forward-mode derivatives|forward AD"):
+                transform(call)(x.clone())
 
 
 @pytest.mark.usefixtures("place")

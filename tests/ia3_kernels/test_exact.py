@@ -6,7 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -362,6 +362,57 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     assert _same(base, around)
 
 
+def test_a_weight_and_its_scale_may_be_parts_of_one_buffer() -> None:
+    buffer = torch.randn(35)
+    weight, scale = buffer[:30].view(5, 6), buffer[30:]
+    expected = weight * scale[:, None]
+    kernels.merge_(weight, scale, exact=True)
+    assert _same(weight, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_vectors_as_peft_stores_them_merge_as_vectors(dim: int) -> None:
+    weight = torch.randn(5, 6)
+    scale = torch.randn(weight.shape[dim])
+    merged = weight * (scale[:, None] if dim == 0 else scale)
+    for shape in ((-1,), (1, -1), (-1, 1)):
+        stored, copy = scale.view(shape), weight.clone()
+        assert _same(kernels.scale_weight_(weight.clone(), stored, dim), merged)
+        residual = kernels.merge_(copy, stored, dim, exact=True)
+        assert _same(copy, merged)
+        kernels.unmerge_(copy, stored, dim, residual)
+        assert _same(copy, weight)
+
+
+def test_all_ways_of_scaling_say_the_same_of_the_same_mistake() -> None:
+    weight = torch.randn(5, 6)
+    mistakes = [(torch.ones(6), 0), (torch.ones(5), 1), (torch.ones(5), 2), (torch.ones(5).int(), 0)]
+    for scale, dim in mistakes:
+        said = set()
+        for name in ("scale_weight_", "merge_", "unmerge_", "stays_finite"):
+            with pytest.raises(RuntimeError) as error:
+                getattr(kernels, name)(weight, scale, dim)
+            said.add(str(error.value).partition(": ")[2].partition("\n")[0])
+        assert len(said) == 1, said
+
+
+@pytest.mark.parametrize("freed", ["weight", "scale", "parity", "positions", "bits"])
+def test_a_tensor_whose_memory_was_freed_is_refused(freed: str) -> None:
+    weight, scale = torch.randn(5, 6), torch.ones(5)
+    scale[0] = 0  # needs positions and bits
+    residual = kernels.merge_(weight, scale, exact=True)
+    tensors = {"weight": weight, "scale": scale, **vars(residual)}
+    tensors[freed].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        kernels.unmerge_(weight, scale, 0, residual)
+    if freed in ("weight", "scale"):
+        for exact in (False, True):
+            with pytest.raises(RuntimeError):
+                kernels.merge_(weight, scale, exact=exact)
+        with pytest.raises(RuntimeError):
+            kernels.stays_finite(weight, scale)
+
+
 # --- what is wrong is said, and changes nothing ------------------------------------------------------------------
 
 W = torch.randn(5, 6)
@@ -372,7 +423,25 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: kernels.merge_(W, torch.ones(6)), r"merge_: scale has shape \[6\]; expected \[5\], for a weight \[5, 6\]"),
     (lambda: kernels.merge_(W, torch.ones(5), 1), r"scale has shape \[5\]; expected \[6\]"),
     (lambda: kernels.merge_(W, torch.ones(12), 1), r"scale has shape \[12\]; expected \[6\]"),
-    (lambda: kernels.merge_(W, torch.ones(5, 1)), r"scale has shape \[5, 1\]; expected \[5\]"),
+    (lambda: kernels.merge_(W, torch.ones(1, 5, 1)), r"scale has shape \[1, 5, 1\]; expected \[5\]"),
+    (lambda: kernels.merge_(W[0, :1].expand(4), torch.ones(4)), r"rows of weight overlap in memory"),
+    (lambda: kernels.merge_(W[:, :1].expand(5, 6), torch.ones(5)), r"weight has strides \[6, 0\]; .*copy it first"),
+    (lambda: kernels.merge_(W[0, :5, None].expand(5, 6), torch.ones(5)), r"rows of weight overlap in memory"),
+    (lambda: kernels.merge_(W[:, :5], W[0, :5], exact=True), r"merge_: scale shares memory with weight"),
+    (lambda: kernels.merge_(W, W[:, 1]), r"merge_: scale shares memory with weight"),
+    (lambda: kernels.merge_(W[0], W[0]), r"merge_: scale shares memory with weight"),
+    (
+        lambda: kernels.unmerge_(W, torch.ones(5)),
+        r"unmerge_: residual is None; expected what merge_ returns with exact",
+    ),
+    (
+        lambda: kernels.unmerge_(W, torch.ones(5), 0, R.to("meta")),
+        r"unmerge_: residual is on meta, but weight is on cpu",
+    ),
+    (
+        lambda: kernels.swap_(W, torch.ones(5), torch.ones(5), 0, R.to("meta")),
+        r"swap_: residual is on meta, but weight is on",
+    ),
     (lambda: kernels.merge_(W, torch.ones(5), 2), r"dim is 2; expected 0 .* or 1"),
     (lambda: kernels.merge_(W[0], torch.ones(6), 1), r"weight has shape \[6\] and dim is 1; expected"),
     (lambda: kernels.merge_(W, torch.ones(5).int()), r"scale has dtype torch.int32; expected a floating-point dtype"),
@@ -405,12 +474,8 @@ def test_bad_arguments_get_a_sentence(case: int, backend: str, monkeypatch: pyte
     call, message = BAD[case]
     before = W.clone()
     monkeypatch.setenv("IA3_BACKEND", backend)
-    backends.choose.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match=message):
-            call()
-    finally:
-        backends.choose.cache_clear()
+    with pytest.raises(RuntimeError, match=message):
+        call()
     assert torch.equal(W, before)
 
 
@@ -562,13 +627,11 @@ def _peak_kib(function: Callable[[], Any]) -> tuple[int, Any]:
 
 
 @pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "native" and backends.native.BACKEND.unavailable():
         pytest.skip("the native library is not built")
     monkeypatch.setenv("IA3_BACKEND", request.param)
-    backends.choose.cache_clear()
-    yield request.param
-    backends.choose.cache_clear()
+    return str(request.param)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -37,6 +37,10 @@ def _cases(dtype: torch.dtype, has_adapters: bool) -> dict[str, tuple[Callable[.
             lambda x, w, b, i, o: kernels.scaled_linear(x, w, b, i, o, index),
             [x, weight, bias, s_k, s_n],
         ),
+        "a vector beside": (
+            lambda x, w, i, o: kernels.scaled_linear(x, w, None, i, o if index is None else o[0], index),
+            [x, weight, s_k, s_n],
+        ),
         "one side": (lambda x, w, o: kernels.scaled_linear(x, w, None, None, o, index), [x, weight, s_n]),
         "gated_activation": (lambda g, u, s: kernels.gated_activation(g, u, s, "silu", index), [x, up, s_k]),
         "scaled_activation": (lambda x, s: kernels.scaled_activation(x, s, "gelu_tanh", index), [x, s_k]),

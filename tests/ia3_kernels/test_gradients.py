@@ -29,7 +29,9 @@ def test_scaled_linear_by_finite_differences(zero: bool) -> None:
 def test_scaled_linear_with_adapters_by_finite_differences() -> None:
     x, weight, bias, input_scale, output_scale = _doubles((5, 5), (4, 5), (4,), (2, 5), (2, 4))
     index = torch.tensor([0, -1, 1, 1, 0], dtype=torch.int32)
-    assert gradcheck(lambda *args: kernels.scaled_linear(*args, index), (x, weight, bias, input_scale, output_scale))
+    for s_in, s_out in ((input_scale, output_scale), (input_scale[0], output_scale), (input_scale, output_scale[1])):
+        leaves = (x, weight, bias, *(scale.detach().requires_grad_() for scale in (s_in, s_out)))
+        assert gradcheck(lambda *args: kernels.scaled_linear(*args, index), leaves)
 
 
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from ia3_kernels import target
+from ia3_kernels import backends, target
 
 from .helpers import needs_native
 
@@ -93,6 +94,61 @@ def test_without_the_native_library_everything_runs_and_says_so_once() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["reference", "True"]
     assert done.stderr.count("running the slower torch reference") == 1
+
+
+def test_without_the_native_library_other_derivatives_are_refused() -> None:
+    code = _WITHOUT_LIBRARY + (
+        "import torch, ia3_kernels as k\n"
+        "x = torch.randn(3, 8, requires_grad=True); s = torch.ones(8)\n"
+        "def said(function):\n"
+        "    try: function()\n"
+        "    except RuntimeError as error: print(str(error).splitlines()[0])\n"
+        "(g,) = torch.autograd.grad(k.scaled_activation(x, s).sum(), x, create_graph=True)\n"
+        "said(lambda: g.sum().backward())\n"
+        "said(lambda: torch.func.jvp(lambda x: k.scaled_linear(x, x, None, s), (x,), (x,)))\n"
+        "said(lambda: torch.func.jvp(lambda x: torch.ops.ia3.scale_pair(x, s, s), (x,), (x,)))"
+    )
+    done = _run("-c", code)
+    assert done.returncode == 0, done.stderr
+    twice, linear, pair = done.stdout.splitlines()
+    assert twice.startswith("scaled_activation: second-order gradients are not implemented")
+    assert linear.startswith("scaled_linear: forward-mode derivatives")
+    assert pair.startswith("scale_pair: forward-mode derivatives")
+
+
+@needs_native
+@pytest.mark.parametrize("change", ["an argument more", "an operator more"])
+def test_a_native_library_of_other_sources_is_said_and_not_used(tmp_path: Path, change: str) -> None:
+    shutil.copytree(Path(target.__file__).parent, tmp_path / "ia3_kernels")
+    schemas = tmp_path / "ia3_kernels" / "schemas.py"
+    line = '"scale_pair": "(Tensor x, Tensor first, Tensor second'
+    other = {
+        "an argument more": f"{line}, int more",
+        "an operator more": f'"scale_triple": "(Tensor x) -> Tensor",\n    {line}',
+    }[change]
+    schemas.write_text(schemas.read_text("utf-8").replace(line, other, 1), "utf-8")
+    code = "import torch, ia3_kernels as k; print(k.__file__, k.scaled_activation(torch.ones(2), None, 'relu').sum())"
+    paths = os.pathsep.join([str(tmp_path), *(path for path in sys.path if path and path != str(ROOT))])
+    done = _run("-P", "-c", code, PYTHONPATH=paths)
+    assert "built from other sources than the Python files beside it" in done.stderr, done.stderr
+    if change == "an argument more":  # found before anything is registered
+        assert done.stdout.split() == [str(tmp_path / "ia3_kernels" / "__init__.py"), "tensor(2.)"], done.stderr
+        assert "running the slower torch reference" in done.stderr
+    else:
+        assert done.returncode == 1
+        assert "lacks scale_triple; build the package again" in done.stderr
+
+
+def test_variables_are_read_at_the_choice_and_again_after_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, read, value in (
+        (target.BACKEND_VARIABLE, target.requested_backend, "reference"),
+        (target.GPU_MATMUL_VARIABLE, target.gpu_matmul, "library"),
+    ):
+        assert read() == "auto"
+        monkeypatch.setenv(variable, value)
+        assert read() == "auto"
+        backends.refresh()
+        assert read() == value
 
 
 def test_a_backend_asked_for_by_name_fails_loudly_where_it_cannot_run() -> None:
