@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from .errors import IA3Error
@@ -182,3 +182,35 @@ def check_tensors(
                 f"{source} has the tensor {name!r} with dtype {tensor.dtype}, but the model has {place.dtype} there; "
                 "save the adapter again."
             )
+
+
+def check_file(
+    model: nn.Module, folder: Path, expected: dict[str, Tensor], key_mapping: dict[str, str] | None
+) -> dict[str, str]:
+    """Raise :class:`IA3Error` for an adapter's file that does not fit; returns the mapping by which PEFT reads it."""
+    tensors, optional = read_tensors(folder, key_mapping), embedding_tensors(model)
+    renamed = fitting_names(model, tensors, [*expected, *optional])
+    check_tensors({renamed.get(name, name): tensor for name, tensor in tensors.items()}, expected, optional, folder)
+    exact = {
+        f"^{name.removeprefix(KEY_PREFIX)}$".replace(".", r"\."): place.removeprefix(KEY_PREFIX)
+        for name, place in renamed.items()
+    }
+    return {**(key_mapping or {}), **exact}
+
+
+def plain_name(name: str) -> str:
+    """Return a tensor's name without what torch.compile and FSDP put into it."""
+    return name.replace(COMPILED, "").replace("_fsdp_wrapped_module.", "")
+
+
+def check_saved(path: Path, expected: set[str]) -> None:
+    """Raise :class:`IA3Error` where a saved adapter lacks tensors; names in it become those of a plain model."""
+    tensors = load_file(path)
+    missing = sorted(expected - {plain_name(name) for name in tensors})
+    if missing:
+        raise IA3Error(
+            f"the state_dict lacks {missing[0]!r} and {len(missing) - 1} others of the adapter's {len(expected)} "
+            "tensors; pass that of the whole model: nothing was saved."
+        )
+    if any(name != plain_name(name) for name in tensors):
+        save_file({plain_name(name): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})

@@ -7,6 +7,7 @@ anything is changed.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import shutil
@@ -19,20 +20,16 @@ from typing import Any, TypeVar
 import peft
 import torch
 from peft.tuners.ia3 import layer as peft_layer
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import (
-    COMPILED,
-    KEY_PREFIX,
     WEIGHTS_NAME,
-    check_tensors,
-    embedding_tensors,
+    check_file,
+    check_saved,
     embeddings_of,
     expected_tensors,
-    fitting_names,
+    plain_name,
     present_tensors,
-    read_tensors,
 )
 from .config import IA3Config
 from .errors import IA3Error
@@ -60,8 +57,13 @@ def _forward_as(theirs: Any) -> Any:
     would hold for that name only.
     """
 
+    parameters = list(inspect.signature(theirs.forward).parameters.values())[1:]
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+
     @functools.wraps(theirs.forward)
     def forward(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if len(args) > 1 and names:  # in PEFT's order, which is not always the model's
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
         if adapter_names is None:
             return self.base_model.model(*args, **kwargs)
         return self.base_model.forward_mixed(adapter_names, args, kwargs)
@@ -148,7 +150,7 @@ class PeftModel(peft.PeftModel):
         found = IA3Config.from_pretrained(folder) if config is None else IA3Config.of(config)
         found.inference_mode = not is_trainable
         plan = plan_adapter(model, found, strict=False)
-        mapping = _check_file(model, folder, expected_tensors(plan), key_mapping)
+        mapping = check_file(model, folder, expected_tensors(plan), key_mapping)
         with all_or_nothing(model, adapter_name):
             with _injecting(plan), _staying(model):
                 result = peft.PeftModel.from_pretrained(
@@ -183,7 +185,7 @@ class PeftModel(peft.PeftModel):
             config.inference_mode = not is_trainable
             plan = plan_adapter(base, config, strict=False)
             expected = expected_tensors(plan)
-        mapping = _check_file(base, folder, expected, key_mapping)
+        mapping = check_file(base, folder, expected, key_mapping)
         with all_or_nothing(base, adapter_name):
             if plan is not None:
                 self._add(adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -231,25 +233,7 @@ class PeftModel(peft.PeftModel):
             for name in self.peft_config:
                 path = (content if name == "default" else content / name) / WEIGHTS_NAME
                 if path.is_file():
-                    _check_saved(path, {_plain(key) for key in present_tensors(self.get_base_model(), name)})
-
-
-def _plain(name: str) -> str:
-    """Return a tensor's name without what torch.compile and FSDP put into it."""
-    return name.replace(COMPILED, "").replace("_fsdp_wrapped_module.", "")
-
-
-def _check_saved(path: Path, expected: set[str]) -> None:
-    """Raise :class:`IA3Error` where a saved adapter lacks tensors; names in it become those of a plain model."""
-    tensors = load_file(path)
-    missing = sorted(expected - {_plain(name) for name in tensors})
-    if missing:
-        raise IA3Error(
-            f"the state_dict lacks {missing[0]!r} and {len(missing) - 1} others of the adapter's {len(expected)} "
-            "tensors; pass that of the whole model: nothing was saved."
-        )
-    if any(name != _plain(name) for name in tensors):
-        save_file({_plain(name): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
+                    check_saved(path, {plain_name(key) for key in present_tensors(self.get_base_model(), name)})
 
 
 def _check_embeddings_unmerged(model: nn.Module) -> None:
@@ -277,20 +261,6 @@ def _located(model_id: str | os.PathLike[str], source: dict[str, Any]) -> tuple[
     used = ("subfolder", "revision", "token", "cache_dir")
     folder = source_folder(model_id, **{name: source[name] for name in used if name in source})
     return folder, {name: value for name, value in source.items() if name not in used}
-
-
-def _check_file(
-    model: nn.Module, folder: Path, expected: dict[str, Tensor], key_mapping: dict[str, str] | None
-) -> dict[str, str]:
-    """Raise :class:`IA3Error` for an adapter's file that does not fit; returns the mapping by which PEFT reads it."""
-    tensors, optional = read_tensors(folder, key_mapping), embedding_tensors(model)
-    renamed = fitting_names(model, tensors, [*expected, *optional])
-    check_tensors({renamed.get(name, name): tensor for name, tensor in tensors.items()}, expected, optional, folder)
-    exact = {
-        f"^{name.removeprefix(KEY_PREFIX)}$".replace(".", r"\."): place.removeprefix(KEY_PREFIX)
-        for name, place in renamed.items()
-    }
-    return {**(key_mapping or {}), **exact}
 
 
 @contextmanager
@@ -349,47 +319,22 @@ def _injecting(plan: Plan) -> Iterator[None]:
 _KNOWN_TO_PEFT = nn.Conv2d | nn.Conv3d | peft_layer.Conv1D
 
 
-@in_place_of(peft.PeftModelForCausalLM)
-class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):
-    """``peft.PeftModelForCausalLM`` with accelerated layers."""
-
-    forward = _forward_as(peft.PeftModelForCausalLM)
-
-
-@in_place_of(peft.PeftModelForSeq2SeqLM)
-class PeftModelForSeq2SeqLM(PeftModel, peft.PeftModelForSeq2SeqLM):
-    """``peft.PeftModelForSeq2SeqLM`` with accelerated layers."""
-
-    forward = _forward_as(peft.PeftModelForSeq2SeqLM)
+def _for_task(theirs: Any) -> Any:
+    """Return the class for a task: PEFT's, with accelerated layers."""
+    own = {
+        "forward": _forward_as(theirs),
+        "__module__": __name__,
+        "__doc__": f"``peft.{theirs.__name__}``, accelerated.",
+    }
+    return in_place_of(theirs)(type(theirs.__name__, (PeftModel, theirs), own))
 
 
-@in_place_of(peft.PeftModelForSequenceClassification)
-class PeftModelForSequenceClassification(PeftModel, peft.PeftModelForSequenceClassification):
-    """``peft.PeftModelForSequenceClassification`` with accelerated layers."""
-
-    forward = _forward_as(peft.PeftModelForSequenceClassification)
-
-
-@in_place_of(peft.PeftModelForTokenClassification)
-class PeftModelForTokenClassification(PeftModel, peft.PeftModelForTokenClassification):
-    """``peft.PeftModelForTokenClassification`` with accelerated layers."""
-
-    forward = _forward_as(peft.PeftModelForTokenClassification)
-
-
-@in_place_of(peft.PeftModelForQuestionAnswering)
-class PeftModelForQuestionAnswering(PeftModel, peft.PeftModelForQuestionAnswering):
-    """``peft.PeftModelForQuestionAnswering`` with accelerated layers."""
-
-    forward = _forward_as(peft.PeftModelForQuestionAnswering)
-
-
-@in_place_of(peft.PeftModelForFeatureExtraction)
-class PeftModelForFeatureExtraction(PeftModel, peft.PeftModelForFeatureExtraction):
-    """``peft.PeftModelForFeatureExtraction`` with accelerated layers."""
-
-    forward = _forward_as(peft.PeftModelForFeatureExtraction)
-
+PeftModelForCausalLM = _for_task(peft.PeftModelForCausalLM)
+PeftModelForSeq2SeqLM = _for_task(peft.PeftModelForSeq2SeqLM)
+PeftModelForSequenceClassification = _for_task(peft.PeftModelForSequenceClassification)
+PeftModelForTokenClassification = _for_task(peft.PeftModelForTokenClassification)
+PeftModelForQuestionAnswering = _for_task(peft.PeftModelForQuestionAnswering)
+PeftModelForFeatureExtraction = _for_task(peft.PeftModelForFeatureExtraction)
 
 _MODELS: dict[str | None, Any] = {
     None: PeftModel,

@@ -192,3 +192,20 @@ def test_noise_for_initial_vectors_is_that_of_peft(families: dict[str, Any]) -> 
     assert base is ours.get_base_model()
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_arguments_by_position_mean_what_they_mean_in_peft(
+    families: dict[str, Any], adapted: Callable[..., ia3.PeftModel], name: str
+) -> None:
+    family = families[name]
+    ours = adapted(family)
+    theirs = _twin(ours, family, torch.float32)
+    inputs = family.inputs()
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    # In PEFT: ids, mask, embeddings, then labels (of T5: the decoder's ids).
+    arguments = (ids, torch.ones_like(ids), None, ids if name == "t5" else labels)
+    with torch.no_grad():
+        got, expected = ours(*arguments), theirs(*arguments)
+    torch.testing.assert_close(got.logits, expected.logits)
+    assert (got.loss is None) == (expected.loss is None) == (name == "t5")
