@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .schemas import check_exact, check_residual, parity_shape, pattern_dtype
+from .schemas import parity_shape, pattern_dtype
 
 _CPU_BLOCK = 8192  # weights; some ten temporaries of up to eight bytes each
 _BLOCKS_ELSEWHERE = 256
@@ -143,7 +143,6 @@ def _all_or_nothing(blocks: list[slice], forward: Callable[[int], None], backwar
 
 
 def merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    check_exact("merge_exact_", weight, dim, scale=scale)
     scaling, blocks = _Scaling(weight, scale, dim), list(_blocks(weight))
     parity = weight.new_empty(parity_shape(weight), dtype=torch.uint8)
     escapes: _Escapes = ([], [])
@@ -156,8 +155,6 @@ def merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tenso
 
 
 def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor) -> None:
-    check_exact("unmerge_exact_", weight, dim, scale=scale)
-    check_residual("unmerge_exact_", weight, parity, positions, bits)
     _check_positions("unmerge_exact_", weight, positions)
     scaling, blocks = _Scaling(weight, scale, dim), list(_blocks(weight))
     found = _by_block(blocks, weight, positions)
@@ -171,8 +168,6 @@ def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, posi
 def swap_exact_(
     weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    check_exact("swap_exact_", weight, dim, old_scale=old_scale, new_scale=new_scale)
-    check_residual("swap_exact_", weight, parity, positions, bits)
     _check_positions("swap_exact_", weight, positions)
     old, new, blocks = _Scaling(weight, old_scale, dim), _Scaling(weight, new_scale, dim), list(_blocks(weight))
     found = _by_block(blocks, weight, positions)
@@ -197,7 +192,6 @@ def swap_exact_(
 
 
 def stays_finite(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
-    check_exact("stays_finite", weight, dim, scale=scale)
     scaling = _Scaling(weight, scale, dim)
     finite = [scaling.scaled(rows).isfinite().all() for rows in _blocks(weight)]
     return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device=weight.device)

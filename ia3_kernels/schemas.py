@@ -8,6 +8,7 @@ is indexed, a vector scales every row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -436,169 +437,51 @@ def _filled(given: Sequence[Any], *defaults: Any) -> Sequence[Any]:
 # --- fake implementations ----------------------------------------------------------------------------------------
 
 
-def _empty(like: Tensor, wanted: bool) -> Tensor:
+def _empty(like: Tensor, wanted: bool = True) -> Tensor:
     return like.new_empty(like.shape if wanted else 0)
 
 
-def _empty_scale_gradient(x: Tensor, scale: Tensor | None, wanted: bool) -> Tensor:
-    return x.new_empty(0) if scale is None else _empty(scale, wanted)
-
-
-@torch.library.register_fake("ia3::scaled_linear", lib=LIBRARY)
-def _scaled_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    input_scale: Tensor | None = None,
-    output_scale: Tensor | None = None,
-    adapter_index: Tensor | None = None,
-) -> Tensor:
-    check_scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("ia3::gated_activation", lib=LIBRARY)
-def _gated_activation(
-    gate: Tensor,
-    up: Tensor,
-    scale: Tensor | None = None,
-    activation: str = "silu",
-    adapter_index: Tensor | None = None,
-) -> Tensor:
-    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.register_fake("ia3::scaled_activation", lib=LIBRARY)
-def _scaled_activation(
-    x: Tensor, scale: Tensor | None = None, activation: str = "silu", adapter_index: Tensor | None = None
-) -> Tensor:
-    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("ia3::gated_mlp", lib=LIBRARY)
-def _gated_mlp(
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    scale: Tensor | None = None,
-    activation: str = "silu",
-    gate_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-) -> Tensor:
-    gate = _scaled_linear(x, gate_weight, None, gate_scale)
-    hidden = _gated_activation(gate, _scaled_linear(x, up_weight, None, up_scale), scale, activation)
-    y: Tensor = _scaled_linear(hidden, down_weight)
-    return y
-
-
-@torch.library.register_fake("ia3::mlp", lib=LIBRARY)
-def _mlp(
-    x: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    scale: Tensor | None = None,
-    activation: str = "silu",
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-) -> Tensor:
-    hidden = _scaled_activation(_scaled_linear(x, up_weight, up_bias), scale, activation)
-    y: Tensor = _scaled_linear(hidden, down_weight, down_bias)
-    return y
-
-
-@torch.library.register_fake("ia3::scaled_linear_product", lib=LIBRARY)
-def _scaled_linear_product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    output_scale: Tensor,
-    adapter_index: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    y = _scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
-    return y, torch.empty_like(y)
-
-
-@torch.library.register_fake("ia3::scale_pair", lib=LIBRARY)
-def _scale_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    check_scale_pair(x, first, second)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@torch.library.register_fake("ia3::scale_pair_backward", lib=LIBRARY)
-def _scale_pair_backward(
-    grad_first: Tensor, grad_second: Tensor, x: Tensor, first: Tensor, second: Tensor, output_mask: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_arguments("scale_pair_backward", grad_first, grad_second, x, first, second, output_mask)
-    wants_x, wants_first, wants_second = output_mask
-    return _empty(x, wants_x), _empty(first, wants_first), _empty(second, wants_second)
-
-
-@torch.library.register_fake("ia3::scale_weight_", lib=LIBRARY)
-def _scale_weight_(weight: Tensor, scale: Tensor, dim: int) -> None:
-    check_scale_weight_(weight, scale, dim)
-
-
-def _unknown_escapes(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _escapes(weight: Tensor) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     bits = weight.new_empty(count, dtype=pattern_dtype(weight.dtype))
     return weight.new_empty(count, dtype=torch.int64), bits
 
 
-@torch.library.register_fake("ia3::merge_exact_", lib=LIBRARY)
-def _merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    check_exact("merge_exact_", weight, dim, scale=scale)
-    return weight.new_empty(parity_shape(weight), dtype=torch.uint8), *_unknown_escapes(weight)
+def _fake(op: str, *args: Any) -> Any:
+    """Return an operator's results without values, of arguments that fit together."""
+    check_arguments(op, *args)
+    match op, args:
+        case "scaled_linear" | "scaled_linear_product", [x, weight, *_]:
+            y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+            return y if op == "scaled_linear" else (y, torch.empty_like(y))
+        case "gated_mlp", [x, gate_weight, up_weight, down_weight, *rest]:
+            scale, activation, gate_scale, up_scale = _filled(rest, None, "silu", None, None)
+            gate = _fake("scaled_linear", x, gate_weight, None, gate_scale)
+            up = _fake("scaled_linear", x, up_weight, None, up_scale)
+            return _fake("scaled_linear", _fake("gated_activation", gate, up, scale, activation), down_weight)
+        case "mlp", [x, up_weight, down_weight, *rest]:
+            scale, activation, up_bias, down_bias = _filled(rest, None, "silu", None, None)
+            up = _fake("scaled_linear", x, up_weight, up_bias)
+            return _fake("scaled_linear", _fake("scaled_activation", up, scale, activation), down_weight, down_bias)
+        case "gated_activation" | "scaled_activation", [x, *_]:
+            return _empty(x)
+        case "gated_activation_backward", [_, gate, up, scale, _, _, mask]:
+            sums = _empty(gate, False) if scale is None else _empty(scale, mask[2])
+            return _empty(gate, mask[0]), _empty(up, mask[1]), sums
+        case "scaled_activation_backward", [_, x, scale, _, _, mask]:
+            return _empty(x, mask[0]), _empty(x, False) if scale is None else _empty(scale, mask[1])
+        case "scale_pair", [x, *_]:
+            return _empty(x), _empty(x)
+        case "scale_pair_backward", [_, _, *inputs, mask]:
+            return tuple(map(_empty, inputs, mask))
+        case "merge_exact_", [weight, *_]:
+            return weight.new_empty(parity_shape(weight), dtype=torch.uint8), *_escapes(weight)
+        case "swap_exact_", [weight, *_]:
+            return _escapes(weight)
+        case "stays_finite", [weight, *_]:
+            return weight.new_empty((), dtype=torch.bool)
+    return None  # scale_weight_, unmerge_exact_
 
 
-@torch.library.register_fake("ia3::unmerge_exact_", lib=LIBRARY)
-def _unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor) -> None:
-    check_exact("unmerge_exact_", weight, dim, scale=scale)
-    check_residual("unmerge_exact_", weight, parity, positions, bits)
-
-
-@torch.library.register_fake("ia3::swap_exact_", lib=LIBRARY)
-def _swap_exact_(
-    weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor
-) -> tuple[Tensor, Tensor]:
-    check_exact("swap_exact_", weight, dim, old_scale=old_scale, new_scale=new_scale)
-    check_residual("swap_exact_", weight, parity, positions, bits)
-    return _unknown_escapes(weight)
-
-
-@torch.library.register_fake("ia3::stays_finite", lib=LIBRARY)
-def _stays_finite(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
-    check_exact("stays_finite", weight, dim, scale=scale)
-    return weight.new_empty((), dtype=torch.bool)
-
-
-@torch.library.register_fake("ia3::gated_activation_backward", lib=LIBRARY)
-def _gated_activation_backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    scale: Tensor | None,
-    activation: str,
-    adapter_index: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_activation("gated_activation", gate, up, scale, activation, adapter_index)
-    wants_gate, wants_up, wants_scale = output_mask
-    return _empty(gate, wants_gate), _empty(up, wants_up), _empty_scale_gradient(gate, scale, wants_scale)
-
-
-@torch.library.register_fake("ia3::scaled_activation_backward", lib=LIBRARY)
-def _scaled_activation_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    activation: str,
-    adapter_index: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    check_activation("scaled_activation", x, None, scale, activation, adapter_index)
-    wants_x, wants_scale = output_mask
-    return _empty(x, wants_x), _empty_scale_gradient(x, scale, wants_scale)
+for _name in SCHEMAS:
+    torch.library.register_fake(f"ia3::{_name}", functools.partial(_fake, _name), lib=LIBRARY)
