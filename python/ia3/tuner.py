@@ -13,12 +13,12 @@ from peft.tuners.ia3 import model as peft_tuner
 from torch import nn
 
 from .errors import IA3Error
-from .interrupts import held_back
 from .matching import carriers, is_scaled
 from .merging import model as merging
+from .merging.layer import forget, restore
 from .merging.model import MergingLayer
 from .serving.mixed import MixedBatch, Sites, check_batch, generation_repeats, survey
-from .swap import in_place_of, install, uninstall
+from .swap import all_or_nothing, in_place_of, install, uninstall
 
 
 @in_place_of(peft_layer.Linear)
@@ -184,25 +184,30 @@ class IA3Model(peft_tuner.IA3Model):
         """
         names = None if adapter_names is None else self.check_known(adapter_names)
         layers = self.scaled_layers()
-        with held_back() as let_through:
-            merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, let_through, requantize)
-            model = self._unload_and_optionally_merge(merge=True, adapter_names=adapter_names)
+        before = [(layer, layer._merge_state) for _, layer in layers]
+        try:
+            merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, requantize)
+            model = self._unload_and_optionally_merge(adapter_names=adapter_names)
+        except BaseException:
+            for layer, state in reversed(before):
+                restore(layer, state)
+            raise
+        for _, layer in layers:
+            forget(layer)
         return model
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        layers = [layer for _, layer in self.scaled_layers()]
-        uninstall(self.model)
-        # PEFT's IA3 refuses quantized models even where nothing is to be merged; its base class does the rest.
-        model: nn.Module = super(peft_tuner.IA3Model, self)._unload_and_optionally_merge(merge, *args, **kwargs)
-        for layer in layers if merge else ():
-            merging.forget(layer)
+        with all_or_nothing(self.model):
+            uninstall(self.model)
+            # PEFT's IA3 refuses quantized models even where nothing is to be merged; its base class does the rest.
+            model: nn.Module = super(peft_tuner.IA3Model, self)._unload_and_optionally_merge(merge, *args, **kwargs)
         self._sites = self.bank = None
         return model
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # All layers or none; each layer would do its own.
         layers = self.scaled_layers()
-        (merging.resume if enabled else merging.suspend)(layers)
+        merging.suspend(layers, not enabled)
         super()._enable_adapter_layers(enabled)
 
     # --- batches of several adapters

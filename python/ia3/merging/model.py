@@ -7,10 +7,11 @@ afterwards. One layer's part is in :mod:`~ia3.merging.layer`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 from ia3_kernels import stays_finite
 
 from ..errors import IA3Error
-from ..interrupts import held_back
 from ..layers import ScaledLayer, vectors_of
 from ..matching import CONVOLUTIONS
 from ..mlp import up_projections
@@ -34,12 +34,9 @@ from .layer import (
     MergeState,
     as_stored,
     check_unwritten,
-    forget,
     put,
     restore,
-    resume_layer,
     scaled_parameters,
-    suspend_layer,
     unmerged,
 )
 from .quantized import Placement
@@ -150,7 +147,7 @@ def _uses(model: nn.Module) -> Counter[tuple[Any, int]]:
     uses = Counter(_address(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for module in model.modules():
         now: MergeState | None = getattr(module, "_merge_state", None) if isinstance(module, ScaledLayer) else None
-        if now is not None and not module._is_suspended:
+        if now is not None and not now.is_suspended:
             uses.update(_address(p.original) for p in now.parameters.values() if p.original is not None)
     return uses
 
@@ -161,50 +158,51 @@ def _shared(layer: Any, uses: Counter[tuple[Any, int]]) -> set[str]:
     return {name for name, _ in scaled_parameters(layer) if uses[_address(parameters[name])] > 1}
 
 
+@contextlib.contextmanager
 @torch.no_grad()
+def _all_or_none() -> Iterator[Callable[[Any, MergeState | None], None]]:
+    """Yield a function that brings a layer into a state; if the block raises, every layer gets its own back."""
+    done: list[tuple[Any, MergeState | None]] = []
+
+    def change(layer: Any, after: MergeState | None) -> None:
+        done.append((layer, layer._merge_state))
+        put(layer, after)
+
+    try:
+        yield change
+    except BaseException:
+        for layer, before in reversed(done):
+            restore(layer, before)
+        raise
+
+
 def _apply(
     model: nn.Module,
     changes: Sequence[_Change],
     safe: bool = False,
     progressbar: bool = False,
-    let_through: Callable[[], None] = lambda: None,
     placements: Mapping[str, Placement] = MappingProxyType({}),
 ) -> None:
     """Change all of these layers, or after an exception (an interrupt, too) none."""
     uses = _uses(model)
-    done: list[tuple[Any, MergeState | None, set[str]]] = []
-    with held_back() as interrupt:
-        try:
-            for path, layer, names, scale in changes:
-                if path in placements:
-                    quantized.check_unshared(placements[path], uses, _address)
-                elif safe and scale is not None and layer._merge_state is None:
-                    _check_finite(path, layer, names, scale)
-            for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
-                interrupt()
-                let_through()
-                before, placement = layer._merge_state, placements.get(path)
-                if placement is not None:
-                    put(layer, names, scale, (), placement)
-                    done.append((layer, before, set()))
-                    if safe and scale is not None:
-                        quantized.check_finite(placement, names)
-                    continue
-                shared = _shared(layer, uses) if before is None else before.shared
-                if safe and scale is not None and before is not None:
-                    # Its weights hold other vectors, and without them only can one tell.
-                    put(layer, [], None, shared)
-                    done.append((layer, before, shared))
-                    _check_finite(path, layer, names, scale)
-                    before = None
-                put(layer, names, scale, shared)
-                done.append((layer, before, shared))
-            interrupt()
-            let_through()
-        except BaseException:
-            for layer, before, shared in reversed(done):
-                restore(layer, before, shared)
-            raise
+    with _all_or_none() as change:
+        for path, layer, names, scale in changes:
+            if path in placements:
+                quantized.check_unshared(placements[path], uses, _address)
+            elif safe and scale is not None and layer._merge_state is None:
+                _check_finite(path, layer, names, scale)
+        for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
+            before: MergeState | None = layer._merge_state
+            if before is None:
+                before = MergeState([], torch.empty(0), _shared(layer, uses), placements.get(path))
+            after = None if scale is None else MergeState(names, scale, before.shared, before.placement)
+            if safe and after is not None and after.placement is None and layer._merge_state is not None:
+                # Its weights hold other vectors, and without them only can one tell.
+                change(layer, None)
+                _check_finite(path, layer, names, after.scale)
+            change(layer, after)
+            if safe and after is not None and after.placement is not None:
+                quantized.check_finite(after.placement, names)
 
 
 def merge(
@@ -246,17 +244,13 @@ def merge_for_good(
     adapter_names: Sequence[str] | None = None,
     safe: bool = False,
     progressbar: bool = False,
-    let_through: Callable[[], None] = lambda: None,
     requantize: bool = False,
 ) -> None:
-    """Let the base layers hold the vectors, for the wrappers to be taken away; as :func:`merge`.
-
-    let_through: lets an interrupt through that the caller holds back.
-    """
-    _check_enabled((path, layer) for path, layer in layers if layer._is_suspended)
+    """Let the base layers hold the vectors, for the wrappers to be taken away; as :func:`merge`."""
+    _check_enabled((path, layer) for path, layer in layers if layer.is_suspended)
     changes = _changes(layers, adapter_names)
     placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
-    _apply(model, changes, safe, progressbar, let_through, placements)
+    _apply(model, changes, safe, progressbar, placements)
     _warn_of_errors(placements)
 
 
@@ -274,12 +268,6 @@ def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) 
             )
         changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
     return changes
-
-
-def _placements_of(changes: Iterable[_Change]) -> dict[str, Placement]:
-    """Return where the vectors of quantized layers are now."""
-    found = ((path, layer._merge_state) for path, layer, _, _ in changes)
-    return {path: now.placement for path, now in found if now is not None and now.placement is not None}
 
 
 def _warn_of_errors(placements: Mapping[str, Placement]) -> None:
@@ -312,10 +300,7 @@ def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
     merged = [(path, layer) for path, layer in found if layer._merge_state is not None]
     for path, layer in merged:
         check_unwritten(path, layer)
-    changes = [_change(path, layer, []) for path, layer in merged if not layer._is_suspended]
-    _apply(model, changes, placements=_placements_of(changes))
-    for _, layer in merged:
-        forget(layer)
+    _apply(model, [_change(path, layer, []) for path, layer in merged])
     for _, layer in found:
         if layer.merged:
             layer.unmerge_inexactly()
@@ -341,40 +326,26 @@ def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> 
     _warn_of_errors(placements)
 
 
-def suspend(layers: Iterable[NamedLayer]) -> None:
-    """Take out of the weights what they hold, for as long as adapters are disabled. All or nothing."""
-    merged = [(path, layer) for path, layer in layers if layer._merge_state is not None and not layer._is_suspended]
+def suspend(layers: Iterable[NamedLayer], is_suspended: bool = True) -> None:
+    """Take out of the weights what they hold, for as long as adapters are disabled, or put it back. All or nothing."""
+    merged = [(path, layer) for path, layer in layers if layer._merge_state is not None]
+    merged = [(path, layer) for path, layer in merged if layer.is_suspended != is_suspended]
     for path, layer in merged:
         check_unwritten(path, layer)
-    _one_by_one([layer for _, layer in merged], suspend_layer, resume_layer)
-
-
-def resume(layers: Iterable[NamedLayer]) -> None:
-    """Put back what :func:`suspend` took out. All or nothing."""
-    _one_by_one([layer for _, layer in layers if layer._is_suspended], resume_layer, suspend_layer)
-
-
-@torch.no_grad()
-def _one_by_one(layers: Sequence[Any], forward: Callable[[Any], None], backward: Callable[[Any], None]) -> None:
-    done: list[Any] = []
-    with held_back() as let_through:
-        try:
-            for layer in layers:
-                let_through()
-                forward(layer)
-                done.append(layer)
-        except BaseException:
-            for layer in reversed(done):
-                backward(layer)
-            raise
+    with _all_or_none() as change:
+        for _, layer in merged:
+            change(layer, layer._merge_state.anew(is_suspended))
 
 
 class MergingLayer(ScaledLayer):
     """A scaled layer whose weight can hold its vectors, exactly and in place, also where PEFT asks it to."""
 
     _merge_state: MergeState | None = None
-    # What the weight holds is taken out for as long as adapters are disabled.
-    _is_suspended = False
+
+    @property
+    def is_suspended(self) -> bool:
+        """Return whether what the weight held is taken out, because adapters are disabled."""
+        return self._merge_state is not None and self._merge_state.is_suspended
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Let this layer's weight hold these adapters (the active ones); as PEFT's layers do."""
@@ -392,14 +363,10 @@ class MergingLayer(ScaledLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         # At once, and not in the next forward pass as in PEFT: an up projection that holds the vector runs before.
-        if not enabled and self.merged_adapters and not self._is_suspended:
-            if self._merge_state is None:
-                self.unmerge_inexactly()
-            else:
-                suspend([("layer", self)])
+        if not enabled and self.merged_adapters and self._merge_state is None:
+            self.unmerge_inexactly()
+        suspend([("layer", self)], not enabled)
         super().enable_adapters(enabled)  # type: ignore[misc]
-        if enabled and self._is_suspended:
-            resume([("layer", self)])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.
