@@ -14,7 +14,8 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from .errors import IA3Error
-from .matching import Plan, base_of, carriers, features, is_scaled, named_base_modules
+from .matching import Plan, carriers, named_base_modules
+from .probing import base_of, features, is_scaled
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"

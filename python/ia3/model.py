@@ -35,13 +35,13 @@ from .config import IA3Config
 from .errors import IA3Error
 from .files import atomic_folder, source_folder
 from .layers import ScaledLayer
-from .matching import Plan, base_of, carriers, plan_adapter
+from .matching import Plan, carriers, plan_adapter
 from .merging import model as merging
-from .merging.model import MergingLayer
 from .patching import execution_device
+from .probing import base_of
 from .reporting import report
 from .swap import all_or_nothing, give_back_classes, in_place_of, install, uninstall
-from .tuner import IA3Model, check_name
+from .tuner import IA3Model, MergingLayer, check_name
 
 logger = logging.getLogger(__name__)
 

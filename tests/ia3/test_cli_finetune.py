@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCa
 from transformers.integrations import integration_utils
 
 from ia3 import AutoPeftModelForCausalLM
-from ia3.cli import main, plot, training
+from ia3.cli import plot, training
+from ia3.cli.app import main
 from ia3.cli.checkpoints import pick_dtype
 
 from .commands import QUICK, TEXT, finetune, process, sentence

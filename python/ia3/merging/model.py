@@ -24,10 +24,9 @@ from ia3_kernels import stays_finite
 
 from ..errors import IA3Error
 from ..layers import ScaledLayer, vectors_of
-from ..matching import CONVOLUTIONS
 from ..mlp import up_projections
 from ..patching import runs_class_forward
-from ..probing import what_linear_computes
+from ..probing import CONVOLUTIONS, what_linear_computes
 from . import quantized
 from .formats import format_of
 from .layer import (
@@ -37,7 +36,6 @@ from .layer import (
     put,
     restore,
     scaled_parameters,
-    unmerged,
 )
 from .quantized import Placement
 
@@ -102,7 +100,7 @@ def _runs_methods_of(kind: Any, subclass: Any) -> bool:
     )
 
 
-def _to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
+def to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
     """Return the adapters of ``layer`` that the names mean (the active ones) and that its weight does not hold yet."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [name for name in names if name in layer.ia3_l and name not in layer.merged_adapters]
@@ -258,7 +256,7 @@ def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) 
     """Return the layers that are to hold more than they do; raises :class:`IA3Error` where PEFT has merged."""
     changes = []
     for path, layer in layers:
-        names = _to_merge(layer, adapter_names)
+        names = to_merge(layer, adapter_names)
         if not names:
             continue
         if layer.merged_adapters and layer._merge_state is None:
@@ -335,47 +333,3 @@ def suspend(layers: Iterable[NamedLayer], is_suspended: bool = True) -> None:
     with _all_or_none() as change:
         for _, layer in merged:
             change(layer, layer._merge_state.anew(is_suspended))
-
-
-class MergingLayer(ScaledLayer):
-    """A scaled layer whose weight can hold its vectors, exactly and in place, also where PEFT asks it to."""
-
-    _merge_state: MergeState | None = None
-
-    @property
-    def is_suspended(self) -> bool:
-        """Return whether what the weight held is taken out, because adapters are disabled."""
-        return self._merge_state is not None and self._merge_state.is_suspended
-
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Let this layer's weight hold these adapters (the active ones); as PEFT's layers do."""
-        if _to_merge(self, adapter_names):
-            merge(self, [("layer", self)], adapter_names, safe_merge)
-
-    def unmerge(self) -> None:
-        """Take out of this layer's weight what it holds, bit-exactly."""
-        unmerge(self, [("layer", self)])
-
-    def unmerge_inexactly(self) -> None:
-        """Divide the weight by vectors that PEFT merged before the layer was accelerated; warns, as PEFT does."""
-        super().unmerge()  # type: ignore[misc]
-        self.note_running()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        # At once, and not in the next forward pass as in PEFT: an up projection that holds the vector runs before.
-        if not enabled and self.merged_adapters and self._merge_state is None:
-            self.unmerge_inexactly()
-        suspend([("layer", self)], not enabled)
-        super().enable_adapters(enabled)  # type: ignore[misc]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.
-        with unmerged(self):
-            return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        is_new = any(f"{prefix}ia3_l.{name}" in state_dict for name in self.merged_adapters)
-        if is_new and f"{prefix}base_layer.weight" not in state_dict:
-            warnings.warn("adapters are merged; they are unmerged before vectors are replaced.", stacklevel=2)
-            self.unmerge()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
