@@ -127,9 +127,11 @@ def _check_finite(path: str, layer: Any, names: Sequence[str], scale: Tensor) ->
     for name, dim in scaled_parameters(layer):
         weight = as_stored(base, base._parameters[name])
         if not stays_finite(weight, scale, dim):
+            # PEFT's words first: scripts look for them.
             raise IA3Error(
-                f"merging {', '.join(names)} into {path!r} would give a {name} that is not finite; the adapter is "
-                f"broken, or too large for {str(weight.dtype).removeprefix('torch.')}: nothing was merged."
+                f"NaNs detected in the merged {'weights' if name == 'weight' else name}. The adapter {', '.join(names)} "
+                f"seems to be broken, or too large for {str(weight.dtype).removeprefix('torch.')}: merged into "
+                f"{path!r} it would give a {name} that is not finite; nothing was merged."
             )
 
 
