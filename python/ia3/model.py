@@ -157,8 +157,11 @@ class PeftModel(peft.PeftModel):
                     model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
                     key_mapping=mapping, **kwargs,
                 )  # fmt: skip
-            result.peft_config[adapter_name] = plan.config
-            return accelerate(result)
+            accelerate(result)
+            if config is not None:  # the caller's object is the model's, as in PEFT
+                vars(config).update(vars(plan.config))
+            result.peft_config[adapter_name] = config or plan.config
+            return result
 
     def load_adapter(
         self,

@@ -128,10 +128,11 @@ def _check_finite(path: str, layer: Any, names: Sequence[str], scale: Tensor) ->
         weight = as_stored(base, base._parameters[name])
         if not stays_finite(weight, scale, dim):
             # PEFT's words first: scripts look for them.
+            part = "weights" if name == "weight" else name
             raise IA3Error(
-                f"NaNs detected in the merged {'weights' if name == 'weight' else name}. The adapter {', '.join(names)} "
-                f"seems to be broken, or too large for {str(weight.dtype).removeprefix('torch.')}: merged into "
-                f"{path!r} it would give a {name} that is not finite; nothing was merged."
+                f"NaNs detected in the merged {part}. The adapter {', '.join(names)} seems to be broken, or too large "
+                f"for {str(weight.dtype).removeprefix('torch.')}: merged into {path!r} it would give a {name} that is "
+                "not finite; nothing was merged."
             )
 
 
