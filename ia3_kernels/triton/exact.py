@@ -1,4 +1,4 @@
-"""Exact merging: scaling a weight in place such that it can be undone bit-exactly; ``docs/exact-merging.md`` has the proof.
+"""Exact merging: scaling in place such that it can be undone bit-exactly; ``docs/exact-merging.md`` has the proof.
 
 ===================  ===================================================================  ===========================
 kernel               equation                                                             bytes, of N K weights
@@ -137,11 +137,11 @@ def exact_scale_kernel(
                 if SCALES_ROWS:
                     r = tl.load(old_inverse + row)
                 before, _ = unscaled(x, r, (odd[i] >> tl.arange(0, 8)[None, :].to(tl.uint8)).to(pattern_of(x).dtype))
-                if positions is not None:
+                if positions is not None:  # which compiling decides, and the values below not  # noqa: SIM102
                     if tl.load(counts + place) != 0:
                         # As many old escapes as lie before each position, a bit at a time
                         passed = tl.zeros_like(position)
-                        step = search_step
+                        step = tl.zeros((), tl.int64) + search_step
                         while step > 0:
                             known = passed + step <= escapes
                             other = tl.load(positions + passed + step - 1, mask=known, other=0)
@@ -248,7 +248,14 @@ def exact_scale(
         assert workspace is not None
         finite = workspace.fill_(1).view(torch.int8)
         stays_finite_kernel[grid](
-            weight, scale.contiguous(), finite, rows_per_group, cols, weight.stride(0), **constants, num_warps=launch.num_warps
+            weight,
+            scale.contiguous(),
+            finite,
+            rows_per_group,
+            cols,
+            weight.stride(0),
+            **constants,
+            num_warps=launch.num_warps,
         )
         return
     counts = total = None
@@ -259,7 +266,7 @@ def exact_scale(
             if positions is not None:
                 counts[positions // cols * units + positions % cols // launch.BLOCK_N] = -1
     wide = torch.float64 if weight.dtype == torch.float32 else torch.float32
-    factors = []
+    factors: list[Tensor | None] = []
     for given in (old, new):
         factors += [None, None] if given is None else [given.contiguous(), 1 / given.to(wide).contiguous()]
     escapes = 0 if positions is None else len(positions)

@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -78,7 +77,9 @@ def _assert_merged(found: Tensor, expected: Tensor) -> None:
 def _chosen_scales(count: int) -> Tensor:
     """Of every kind that there is, without those that differ by their sign or exponent alone."""
     special = [0.0, -0.0, math.inf, math.nan, 1e-45, 2.0**-126, 2.0**-127, 2.0**126, 2.0**127, 3e38, -1.0, 2.0**-14]
-    borders = [f(torch.tensor(x)) for x in (1.0, 0.5) for f in (lambda t: t.nextafter(2 * t), lambda t: t.nextafter(-t))]
+    borders = [
+        f(torch.tensor(x)) for x in (1.0, 0.5) for f in (lambda t: t.nextafter(2 * t), lambda t: t.nextafter(-t))
+    ]
     drawn = _scales(2000)[torch.randperm(2000)]
     return torch.cat([torch.tensor(special), torch.stack(borders), drawn])[:count]
 
@@ -301,6 +302,9 @@ def test_merging_is_not_captured_into_a_graph() -> None:
         lambda: kernels.unmerge_(weight, scale, 0, residual),
         lambda: kernels.stays_finite(weight, scale),
     ):
-        with pytest.raises(RuntimeError, match="a CUDA graph is being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with (
+            pytest.raises(RuntimeError, match="a CUDA graph is being captured"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
             call()
     assert _same(weight.cpu(), merged.cpu())
