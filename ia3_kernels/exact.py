@@ -177,6 +177,18 @@ def _matrix(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> tupl
         weight.device.type != "meta",
         lambda: f"{op}: weight is on the meta device, which holds no values; load it first.",
     )
+    for given, tensor in (("weight", weight), (name, scale)):
+        torch._check(
+            not any(hasattr(tensor, attribute) for attribute in ("to_local", "local_shards")),
+            lambda given=given, tensor=tensor: (
+                f"{op}: {given} is a {type(tensor).__name__}, of which this process holds a shard; merge before the "
+                "model is sharded, or give the shards that are here."
+            ),
+        )
+    torch._check(
+        not (weight.is_cuda and torch.cuda.is_current_stream_capturing()),
+        lambda: f"{op}: a CUDA graph is being captured, and each replay would scale the weight again; merge before it.",
+    )
     is_convolution, features = weight.dim() > 2, weight.shape[dim]
     # An input scale has the channels of all groups, a convolution's weight those of one.
     groups = scale.numel() // features if is_convolution and dim == 1 and features else 1
