@@ -50,9 +50,14 @@ class IA3Config(peft.IA3Config):
     modules_to_save: further modules that are trained and saved whole. The heads of ``SEQ_CLS``, ``TOKEN_CLS`` and
         ``QUESTION_ANS`` models are added by themselves.
     init_ia3_weights: start the vectors at ones (else at normal noise).
+    target_parameters: the three-dimensional parameters of experts to scale, by their names or the ends of these, as
+        in PEFT's LoRA: the inputs of ``mlp.experts.down_proj``, the outputs of ``mlp.experts.gate_up_proj``. With
+        ``target_modules=[]``, nothing else. PEFT's IA3 does not know this field, and refuses such an adapter.
 
     Raises :class:`~ia3.errors.IA3Error` (a ``ValueError``) where a field does not make sense.
     """
+
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         given: Any = self  # whose fields PEFT declares with types that its files do not keep to
@@ -82,15 +87,29 @@ class IA3Config(peft.IA3Config):
             if isinstance(names, str):
                 raise IA3Error(f"modules_to_save is {names!r}; expected a list of module names: write [{names!r}].")
             given.modules_to_save = list(saved)
+        parameters = _as_names("target_parameters", self.target_parameters)
+        if isinstance(parameters, str):
+            raise IA3Error(
+                f"target_parameters is {parameters!r}; expected a list of parameters' names: write [{parameters!r}]."
+            )
+        self.target_parameters = None if parameters is None else sorted(parameters)
+        parameters = parameters or set()
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
-            outside = self.feedforward_modules - self.target_modules
+            outside = {
+                entry
+                for entry in self.feedforward_modules - self.target_modules
+                if not any(f".{name}".endswith(f".{entry}") or entry.endswith(f".{name}") for name in parameters)
+            }
             if outside:
                 raise IA3Error(
                     f"feedforward_modules should be a subset of target_modules, but {_quoted(outside)} "
                     f"{'is' if len(outside) == 1 else 'are'} not among the targets {_quoted(self.target_modules)}; "
                     "add the names to target_modules or take them out of feedforward_modules."
                 )
+        # What of it means parameters, PEFT refuses.
+        feedforward, self.feedforward_modules = self.feedforward_modules, None
         super().__post_init__()
+        self.feedforward_modules = feedforward
 
     def _check_pattern(self, name: str) -> None:
         pattern = getattr(self, name)

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ia3_kernels import stays_finite
 
 from ..errors import IA3Error
+from ..experts import ExpertsMatrix
 from ..interrupts import held_back
 from ..layers import ScaledLayer, vectors_of
 from ..matching import CONVOLUTIONS
@@ -92,6 +93,8 @@ def _is_plain(base: Any) -> bool:
     compute their weight.
     """
     weight = base._parameters.get("weight")
+    if isinstance(base, ExpertsMatrix):
+        return type(weight) is nn.Parameter and weight.is_contiguous() and runs_class_forward(base.experts)
     if type(weight) not in (nn.Parameter, Tensor) or not runs_class_forward(base):
         return False
     if any(isinstance(base, kind) and _runs_methods_of(kind, type(base)) for kind in (Conv1D, *CONVOLUTIONS)):
