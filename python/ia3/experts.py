@@ -40,7 +40,8 @@ DOWN = "down_proj"
 # The layers beside the experts that a model type's default targets are; a down projection where it has linear ones.
 _ATTENTION = {
     **dict.fromkeys(
-        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"), ("k_proj", "v_proj", DOWN)
+        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "llama4_text"),
+        ("k_proj", "v_proj", DOWN),
     ),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("kv_b_proj", DOWN)),
 }
@@ -99,6 +100,16 @@ class ExpertsMatrix(nn.Module):
         """Return a view of the weight as that of a grouped convolution, a group for each expert; of a bias, flat."""
         values = parameter.detach()
         return values.view(-1, values.shape[-1], 1) if values.dim() == 3 else values.view(-1)
+
+    def runs(self) -> tuple[str, str]:
+        """Return the operator that multiplies by the vectors, and why it is that one."""
+        kind = type(self.experts).__name__
+        if not self.is_input:
+            return "scaled_activation", f"on the product of {kind}"
+        if _kernel_activation(self.experts) is None:
+            return "scaled_activation", f"{kind} computes its own gate"
+        has_gate = getattr(self.experts, "has_gate", True)
+        return "gated_activation" if has_gate else "scaled_activation", f"fused into the activation of {kind}"
 
 
 class Experts(nn.Module):
@@ -199,7 +210,8 @@ def _activate(experts: Any, scales: Scales, ids: Tensor, tokens: Tensor, rows: T
         if name not in scales:
             return None, None
         scale, adapter = scales[name]
-        matrix = scale.reshape(-1, ExpertsMatrix(experts, name).in_features // experts.num_experts)
+        entries = scale.numel() if adapter is None else scale.shape[1]
+        matrix = scale.reshape(-1, entries // experts.num_experts)
         if adapter is None:
             return matrix, ids
         chosen = adapter[tokens]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -145,7 +146,16 @@ class IA3Model(peft_tuner.IA3Model):
                 f"adapters has {len(names)} names and weights has {len(weights)} numbers; expected one weight for each "
                 "of at least one adapter: correct the lists."
             )
-        super().add_weighted_adapter(names, list(weights), adapter_name)
+        first = self.peft_config[names[0]]
+        parameters = {
+            entry for name in names for entry in getattr(self.peft_config[name], "target_parameters", 0) or ()
+        }
+        if parameters:  # PEFT joins the names of modules only
+            self.peft_config[names[0]] = dataclasses.replace(first, target_parameters=sorted(parameters))
+        try:
+            super().add_weighted_adapter(names, list(weights), adapter_name)
+        finally:
+            self.peft_config[names[0]] = first
         with torch.no_grad():
             for _, carrier in carriers(self.model):
                 if not is_scaled(carrier):
