@@ -53,11 +53,14 @@ class IA3Config(peft.IA3Config):
     target_parameters: the three-dimensional parameters of experts to scale, by their names or the ends of these, as
         in PEFT's LoRA: the inputs of ``mlp.experts.down_proj``, the outputs of ``mlp.experts.gate_up_proj``. With
         ``target_modules=[]``, nothing else. PEFT's IA3 does not know this field, and refuses such an adapter.
+    scale_queries: whether vectors on a fused projection (``c_attn``, ``query_key_value``, ``qkv_proj``) scale queries
+        too, as in PEFT; else keys and values only, as in the paper. PEFT reads the same from the file.
 
     Raises :class:`~ia3.errors.IA3Error` (a ``ValueError``) where a field does not make sense.
     """
 
     target_parameters: list[str] | None = None
+    scale_queries: bool = True
 
     def __post_init__(self) -> None:
         given: Any = self  # whose fields PEFT declares with types that its files do not keep to
@@ -72,7 +75,7 @@ class IA3Config(peft.IA3Config):
                 ) from None
         if self.peft_type not in (None, PeftType.IA3):
             raise IA3Error(f"peft_type is {self.peft_type!r}, but this is an IA3 configuration; leave it out.")
-        for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights"):
+        for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights", "scale_queries"):
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, type(self).__dataclass_fields__[name].default)  # what a file's null means to PEFT
@@ -107,9 +110,9 @@ class IA3Config(peft.IA3Config):
                     "add the names to target_modules or take them out of feedforward_modules."
                 )
         # What of it means parameters, PEFT refuses.
-        feedforward, self.feedforward_modules = self.feedforward_modules, None
+        feedforward, given.feedforward_modules = given.feedforward_modules, None
         super().__post_init__()
-        self.feedforward_modules = feedforward
+        given.feedforward_modules = feedforward
 
     def _check_pattern(self, name: str) -> None:
         pattern = getattr(self, name)
@@ -122,13 +125,24 @@ class IA3Config(peft.IA3Config):
                     "names."
                 ) from None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a file holds; fields that PEFT does not know, and would warn of, where they mean something."""
+        fields: dict[str, Any] = super().to_dict()
+        if self.target_parameters is None:
+            del fields["target_parameters"]
+        if self.scale_queries:
+            del fields["scale_queries"]
+        return fields
+
     @classmethod
     def of(cls, config: Any) -> IA3Config:
         """Return a checked copy of a ``peft.IA3Config``; raises :class:`IA3Error` for anything else."""
         if not isinstance(config, peft.IA3Config):
             raise IA3Error(f"peft_config is a {type(config).__name__}; expected an ia3.IA3Config: make one.")
         values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config) if entry.init}
-        copied = {name: set(value) if isinstance(value, set) else value for name, value in values.items()}
+        copied: dict[str, Any] = {
+            name: set(value) if isinstance(value, set) else value for name, value in values.items()
+        }
         return cls(**copied)
 
     @classmethod

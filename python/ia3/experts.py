@@ -13,8 +13,8 @@ import difflib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,12 +38,11 @@ from .matching import Plan, Target, base_of, features, is_excluded, model_type
 
 DOWN = "down_proj"
 # The layers beside the experts that a model type's default targets are; a down projection where it has linear ones.
-_ATTENTION = {
-    **dict.fromkeys(
-        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "llama4_text"),
-        ("k_proj", "v_proj", DOWN),
-    ),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("kv_b_proj", DOWN)),
+_SPLIT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "llama4_text")
+_LINEAR = {
+    **dict.fromkeys(_SPLIT, ("k_proj", "v_proj", DOWN)),
+    "deepseek_v2": ("kv_b_proj", DOWN),
+    "deepseek_v3": ("kv_b_proj", DOWN),
 }
 # Implementations whose order of rows is known here.
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -55,26 +54,23 @@ _OLD_KEY = re.compile(r"\.experts\.(\d+)\..*\.ia3_l$")
 Scales = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
-class _Renamed(MutableMapping[str, Any]):
+class _Renamed(dict[str, Any]):
     """The parameters of an experts module under a layer's names."""
 
     def __init__(self, experts: nn.Module, name: str) -> None:
-        self._experts, self._names = experts, {"weight": name, "bias": f"{name}_bias"}
+        self.experts, self.names = experts, {"weight": name, "bias": f"{name}_bias"}
+
+    def __contains__(self, key: object) -> bool:
+        return self.names.get(str(key)) in self.experts._parameters
 
     def __getitem__(self, key: str) -> Any:
-        return self._experts._parameters[self._names[key]]
+        return self.experts._parameters[self.names[key]]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.experts._parameters.get(self.names[key], default)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._experts._parameters[self._names[key]] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._experts._parameters[self._names[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return (key for key, name in self._names.items() if name in self._experts._parameters)
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
+        self.experts._parameters[self.names[key]] = value
 
 
 class ExpertsMatrix(nn.Module):
@@ -86,11 +82,12 @@ class ExpertsMatrix(nn.Module):
 
     def __init__(self, experts: Any, name: str) -> None:
         super().__init__()
+        self.experts: Any
         self.__dict__["experts"] = experts  # not a child: it stands in the model already
         self.__dict__["_parameters"] = _Renamed(experts, name)
         self.is_input = name == DOWN
         is_transposed = getattr(experts, "is_transposed", True)
-        count, *sides = self.weight.shape
+        count, *sides = experts._parameters[name].shape
         size = sides[0 if self.is_input == is_transposed else 1]
         self.vector_shape = (count, 1, size) if self.is_input else (count, size, 1)
         self.in_features = self.out_features = count * size
@@ -117,26 +114,31 @@ class Experts(nn.Module):
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.base_layer = experts
+        self.base_layer: Any = experts
         self.training = experts.training
 
-    def layers(self) -> list[Any]:
-        """Return what holds the vectors."""
-        return [layer for name, layer in self._modules.items() if name != "base_layer"]
+    def layers(self) -> dict[str, Any]:
+        """Return what holds the vectors, by the names of the parameters."""
+        return {name: layer for name, layer in self._modules.items() if name != "base_layer"}
 
     def forward(self, *args: Any, **named: Any) -> Any:
         x: Tensor = args[0] if args else next(iter(named.values()))
         if type(self.base_layer).__name__ in _BLOCKWISE:
             x = x[: x.shape[0] // self.base_layer.num_experts]  # the first expert's block: every token once
-        acting = {name: effective_scale(layer, x) for name, layer in self._modules.items() if name != "base_layer"}
-        scales = {name: (scale, index) for name, (scale, index) in acting.items() if scale is not None}
+        scales = {}
+        for name, layer in self.layers().items():
+            scale, index = effective_scale(layer, x)
+            if scale is not None:
+                scales[name] = scale, index
         y = self.base_layer(*args, scales=scales, **named) if scales else self.base_layer(*args, **named)
-        for layer in self.layers():
+        for layer in self.layers().values():
             y = refuse_training(layer, y)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        with _all_unmerged(self.layers()):  # as the layers do it for weights inside of them
+        with ExitStack() as unmerged:  # as layers do it for weights inside of them
+            for layer in self.layers().values():
+                unmerged.enter_context(layer.unmerged())
             return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
@@ -147,15 +149,6 @@ class Experts(nn.Module):
             if base is None or name.startswith("_"):
                 raise
             return getattr(base, name)
-
-
-@contextmanager
-def _all_unmerged(layers: list[Any]) -> Iterator[None]:
-    if not layers:
-        yield
-        return
-    with layers[0].unmerged(), _all_unmerged(layers[1:]):
-        yield
 
 
 # --- the computation ------------------------------------------------------------------------------------------------
@@ -180,15 +173,15 @@ def experts_forward(experts: Any, *args: Any, scales: Any = None, **named: Any) 
     """
     if scales is None:
         return type(experts).forward(experts, *args, **named)
-    args = (*args, *named.values())
+    inputs = (*args, *named.values())
     count = experts.num_experts
     if type(experts).__name__ in _BLOCKWISE:
-        x = args[0].view(count, -1, args[0].shape[-1])
+        x = inputs[0].view(count, -1, inputs[0].shape[-1])
         ids = torch.arange(count, dtype=torch.int32, device=x.device).repeat_interleave(x.shape[1])
         tokens = torch.arange(x.shape[1], device=x.device).repeat(count)
         hidden = _activate(experts, scales, ids, tokens, torch.bmm(x, experts.gate_up_proj).flatten(0, 1))
         return torch.bmm(hidden.view(count, x.shape[1], -1), experts.down_proj).flatten(0, 1)
-    name, index = _implementation(experts), args[1]
+    name, index = _implementation(experts), inputs[1]
     # The order of the implementation's rows: by token, or sorted by expert as the registry's function sorts them.
     ids, order = index.reshape(-1), torch.arange(index.numel(), device=index.device)
     if name != "batched_mm":
@@ -196,8 +189,8 @@ def experts_forward(experts: Any, *args: Any, scales: Any = None, **named: Any) 
     tokens, ids = order // index.shape[-1], ids.to(torch.int32)
     view = _View(experts, lambda rows: _activate(experts, scales, ids, tokens, rows))
     if name == "eager":
-        return _one_by_one(view, *args, ids, order)
-    return moe.ALL_EXPERTS_FUNCTIONS[name](view, *args)
+        return _one_by_one(view, *inputs[:3], ids, order)  # type: ignore[call-arg]
+    return moe.ALL_EXPERTS_FUNCTIONS[name](view, *inputs)
 
 
 def _activate(experts: Any, scales: Scales, ids: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -345,7 +338,7 @@ def _means(entry: str, parameters: list[str]) -> bool:
 def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
     """Return a copy in which nothing is None that mixtures of experts have defaults for; warns of them."""
     config = copy.deepcopy(config)
-    names = _ATTENTION.get(model_type(model) or "")
+    names = _LINEAR.get(model_type(model) or "")
     if config.target_modules is not None or names is None:
         return config
     if config.target_parameters is None:

@@ -143,6 +143,11 @@ def effective_scale(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor 
     return scale, None
 
 
+def queries_key(adapter_name: str) -> str:
+    """Return the name of the buffer that says which outputs of a layer an adapter leaves alone."""
+    return f"queries_{adapter_name}"
+
+
 def acting_adapters(layer: Any) -> Sequence[str]:
     """Return the adapters whose vectors multiply in the computation: the active ones that the weight does not hold."""
     active: Sequence[str] = layer.active_adapters
@@ -151,15 +156,17 @@ def acting_adapters(layer: Any) -> Sequence[str]:
 
 
 def vectors_of(layer: nn.Module, names: Iterable[str]) -> tuple[Tensor, ...]:
-    """Return the vectors that ``layer`` has of these adapters, as they are stored."""
+    """Return the vectors that ``layer`` has of these adapters, as stored; ones for queries that they leave alone."""
     vectors: Any = layer._modules["ia3_l"]
     found = []
     for name in names:
         vector = vectors._parameters.get(name)
-        if vector is not None:
-            found.append(vector)
-        elif name in vectors:
-            found.append(vectors[name])  # a sharding wrapper may keep it as a plain attribute
+        if vector is None and name in vectors:
+            vector = vectors[name]  # a sharding wrapper may keep it as a plain attribute
+        if vector is None:
+            continue
+        mask = layer._buffers.get(queries_key(name)) if layer._buffers else None
+        found.append(vector if mask is None else vector.masked_fill(mask, 1.0))
     return tuple(found)
 
 
@@ -265,7 +272,8 @@ class ScaledLayer(nn.Module):
 
     def note_running(self) -> None:
         """Renew ``_running``."""
-        self.__dict__["_running"] = vectors_of(self, acting_adapters(self))
+        # What is computed from vectors would be old after the next step.
+        self.__dict__["_running"] = None if self._buffers else vectors_of(self, acting_adapters(self))
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)  # type: ignore[misc]

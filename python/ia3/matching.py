@@ -174,11 +174,13 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
 
 def _suggestion(model: nn.Module, modules: dict[str, nn.Module], wanted: Iterable[str]) -> str:
     """Return what to do about names that the model lacks."""
-    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    own = ((name, parameter) for name, parameter in model.named_parameters() if ".ia3_l." not in name)
+    fused = [name for name, parameter in own if parameter.dim() == 3 and "expert" in name]
     if fused:
         return (
             f"its experts are fused into three-dimensional parameters ({fused[0]!r} and others), which have no module "
-            f"to scale: set target_modules to linear layers, of which there are {_quoted(_linear_names(modules))}"
+            "to scale: name them in target_parameters, and in target_modules linear layers, of which there are "
+            f"{_quoted(_linear_names(modules))}"
         )
     linear = _linear_names(modules)
     endings = [".".join(path.split(".")[-2:]) for path, module in modules.items() if features(module)]

@@ -22,7 +22,7 @@ import torch
 from peft.tuners.ia3 import layer as peft_layer
 from torch import nn
 
-from . import experts
+from . import experts, fused
 from .checkpoint import (
     WEIGHTS_NAME,
     check_file,
@@ -34,8 +34,9 @@ from .checkpoint import (
 )
 from .config import IA3Config
 from .errors import IA3Error
-from .experts import ExpertsMatrix, plan_adapter, readable
+from .experts import ExpertsMatrix, readable
 from .files import atomic_folder, source_folder
+from .fused import plan_adapter
 from .layers import ScaledLayer
 from .matching import Plan, base_of, carriers
 from .merging import model as merging
@@ -87,7 +88,7 @@ class PeftModel(peft.PeftModel):
         check_name(adapter_name)
         plan = plan_adapter(model, IA3Config.of(peft_config))
         with all_or_nothing(model, adapter_name):
-            with _injecting(model, plan):
+            with _injecting(model, plan, adapter_name):
                 super().__init__(model, plan.exact_config(), adapter_name, **kwargs)
             self.base_model.peft_config[adapter_name] = plan.config
             self.training = model.training
@@ -105,7 +106,7 @@ class PeftModel(peft.PeftModel):
     def _add(self, adapter_name: str, plan: Plan, *args: Any, **kwargs: Any) -> None:
         is_first = not self.active_adapters
         with all_or_nothing(self.get_base_model(), adapter_name):
-            with _injecting(self.get_base_model(), plan):
+            with _injecting(self.get_base_model(), plan, adapter_name):
                 super().add_adapter(adapter_name, plan.exact_config(), *args, **kwargs)
             self.peft_config[adapter_name] = plan.config
             if is_first:
@@ -155,7 +156,7 @@ class PeftModel(peft.PeftModel):
             plan = plan_adapter(model, found, strict=False)
             mapping = check_file(model, folder, expected_tensors(plan), key_mapping)
             with all_or_nothing(model, adapter_name):
-                with _injecting(model, plan), _staying(model):
+                with _injecting(model, plan, adapter_name), _staying(model):
                     result = peft.PeftModel.from_pretrained(
                         model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
                         key_mapping=mapping, **kwargs,
@@ -226,6 +227,8 @@ class PeftModel(peft.PeftModel):
                 for name, tensor in self.state_dict().items()
                 if "ia3_l" in name or "modules_to_save" in name or not hasattr(tensor, "full_tensor")
             }
+        if not all(getattr(config, "scale_queries", True) for config in self.peft_config.values()):
+            kwargs["state_dict"] = fused.settled(self.get_base_model(), kwargs.get("state_dict") or self.state_dict())
         target = Path(save_directory)
         with atomic_folder(target) as content:
             if (target / "README.md").is_file():
@@ -302,7 +305,7 @@ def _seeming_present(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _injecting(model: nn.Module, plan: Plan) -> Iterator[None]:
+def _injecting(model: nn.Module, plan: Plan, adapter_name: str) -> Iterator[None]:
     """Show PEFT, within the block, linear layers where targets are linear but for their class.
 
     What PEFT says of nothing that a user did is not passed on; of ``fan_in_fan_out`` the plan has said what there is.
@@ -310,8 +313,9 @@ def _injecting(model: nn.Module, plan: Plan) -> Iterator[None]:
     of_experts = [target for target in plan.targets if isinstance(target.module, ExpertsMatrix)]
     if of_experts and not any(True for _ in carriers(model)):
         model.requires_grad_(False)  # which PEFT does where it finds no layers with vectors yet
-    for target in of_experts:
-        experts.wrap(model, target.path, ExpertsLayer(target.module))
+    for target in plan.targets:
+        if isinstance(target.module, ExpertsMatrix):
+            experts.wrap(model, target.path, ExpertsLayer(target.module))
     hidden = [(target.module, base_of(target.module)) for target in plan.targets if target not in of_experts]
     odd = [base for _, base in hidden if not isinstance(base, nn.Linear | _KNOWN_TO_PEFT)]
     kinds = [type(base) for base in odd]
@@ -322,6 +326,7 @@ def _injecting(model: nn.Module, plan: Plan) -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             yield
+        fused.mark(model, adapter_name, plan.config)
     finally:
         for base, kind in zip(odd, kinds, strict=True):
             base.__class__ = kind
@@ -416,7 +421,7 @@ def inject_adapter_in_model(
     config = IA3Config.of(peft_config)
     plan = plan_adapter(model, config, strict="state_dict" not in kwargs)
     with all_or_nothing(model, adapter_name):
-        with _injecting(model, plan):
+        with _injecting(model, plan, adapter_name):
             peft.inject_adapter_in_model(plan.exact_config(), model, adapter_name, **kwargs)
         configs: Any = model.peft_config
         configs[adapter_name] = plan.config

@@ -13,7 +13,7 @@ from peft.tuners.ia3 import layer as peft_layer
 from peft.tuners.ia3 import model as peft_tuner
 from torch import nn
 
-from . import experts
+from . import experts, fused
 from .errors import IA3Error
 from .interrupts import held_back
 from .matching import carriers, is_scaled
@@ -61,7 +61,8 @@ class ExpertsLayer(MergingLayer, peft_layer.IA3Layer):
         nn.Module.__init__(self)
         self.__dict__["base_layer"] = base  # whose experts stand beside this layer
         self.ia3_l = nn.ParameterDict({})
-        self._disable_adapters, self.merged_adapters = False, []
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
         self.is_feedforward = base.is_input
         self.in_features, self.out_features = base.in_features, base.out_features
         self.training = base.experts.training
@@ -121,6 +122,7 @@ class IA3Model(peft_tuner.IA3Model):
             self.peft_config[name] = experts.plan_adapter(model, config, strict=False).exact_config()
         super().inject_adapter(model, *args, **kwargs)
         self.peft_config[name] = config
+        fused.mark(model, name, config)
         install(model)
         self._sites = None
 
@@ -147,9 +149,8 @@ class IA3Model(peft_tuner.IA3Model):
                 "of at least one adapter: correct the lists."
             )
         first = self.peft_config[names[0]]
-        parameters = {
-            entry for name in names for entry in getattr(self.peft_config[name], "target_parameters", 0) or ()
-        }
+        configs = [self.peft_config[name] for name in names]
+        parameters = {entry for config in configs for entry in getattr(config, "target_parameters", None) or ()}
         if parameters:  # PEFT joins the names of modules only
             self.peft_config[names[0]] = dataclasses.replace(first, target_parameters=sorted(parameters))
         try:

@@ -17,10 +17,11 @@ import ia3
 pytestmark = pytest.mark.filterwarnings("ignore:target_modules is not set")
 
 E, TOP, WIDTH, INNER = 4, 2, 32, 24
-_SIZES = dict(
-    hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=64, num_experts_per_tok=TOP, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+_SIZES = {
+    "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "num_experts_per_tok": TOP,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 _DEEPSEEK = dict(
     _SIZES, num_key_value_heads=4, moe_intermediate_size=INNER, n_routed_experts=E, n_shared_experts=1,
     first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
@@ -79,7 +80,7 @@ def scatter(model: nn.Module, seed: int = 7) -> None:
 
 def adapted(name: str, implementation: str | None = None, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     base = build(name, implementation).to(dtype)
-    settings: dict[str, Any] = dict(target_modules=[], target_parameters=BOTH, task_type="CAUSAL_LM")
+    settings: dict[str, Any] = {"target_modules": [], "target_parameters": BOTH, "task_type": "CAUSAL_LM"}
     model = ia3.get_peft_model(base, ia3.IA3Config(**{**settings, **config}))
     for _, layer in model.base_model.scaled_layers():
         for key, vector in layer.ia3_l.items():
@@ -282,7 +283,8 @@ def test_compiled(name: str, implementation: str, adapters: int) -> None:
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_generation_is_that_of_the_merged_model(name: str, implementation: str) -> None:
     model = adapted(name, implementation)
-    settings = dict(input_ids=tokens(), attention_mask=torch.ones_like(tokens()), max_new_tokens=5, do_sample=False)
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
+    settings: dict[str, Any] = {**inputs, "max_new_tokens": 5, "do_sample": False}
     ours = model.generate(**settings)
     names = model.generate(**settings, adapter_names=["default", "__base__"])
     with model.disable_adapter():
@@ -325,13 +327,12 @@ def test_hooks_on_experts_still_run() -> None:
 
 
 def test_the_report_says_what_runs() -> None:
-    reasons = {row.module.rpartition(".")[2]: row for row in ia3.report(adapted("qwen3_moe")).rows}
-    assert reasons["down_proj"].runs.startswith("gated_activation")
-    assert reasons["gate_up_proj"].runs.startswith("scaled_activation")
-    assert (
-        "computes its own gate"
-        in {r.module.rpartition(".")[2]: r for r in ia3.report(adapted("gpt_oss")).rows}["down_proj"].reason
-    )
+    def rows(name: str) -> dict[str, Any]:
+        return {row.module.rpartition(".")[2]: row for row in ia3.report(adapted(name)).rows}
+
+    assert rows("qwen3_moe")["down_proj"].runs.startswith("gated_activation")
+    assert rows("qwen3_moe")["gate_up_proj"].runs.startswith("scaled_activation")
+    assert "computes its own gate" in rows("gpt_oss")["down_proj"].reason
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

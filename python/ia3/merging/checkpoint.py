@@ -147,7 +147,7 @@ class _Names:
             name, pattern = self._loaded(entry.name)
             if self.model is None or (name in self._parameters and pattern is None):
                 self._homes[name].append(entry)
-            elif name in self._parameters and pattern in self.orders:
+            elif pattern is not None and name in self._parameters and pattern in self.orders:
                 self.separate[name][pattern].append(entry)
 
     def _loaded(self, stored: str) -> tuple[str, str | None]:
@@ -261,13 +261,14 @@ def _scaled_experts(names: _Names, name: str, what: str, vectors: Tensor) -> lis
     """Return what the vectors of a parameter of experts change, which is stored as it is, or as a matrix for each."""
     outer, _, leaf = name.rpartition(".")
     matrix = ExpertsMatrix(names.model.get_submodule(outer), leaf)
+    weight: Any = matrix._parameters["weight"]
     scales = vectors.detach().float().reshape(matrix.vector_shape[0], -1)
     if not scales.isfinite().all():
         raise IA3Error(f"{what} have values that are not finite; train the adapter again.")
     separate, changes = names.separate.get(name), []
     if separate is None:
         entry = names.entry(name, what)
-        if tuple(vectors.shape) != matrix.vector_shape or entry.shape != tuple(matrix.weight.shape):
+        if tuple(vectors.shape) != matrix.vector_shape or entry.shape != tuple(weight.shape):
             raise _misfit(what, vectors, entry, "a matrix for each expert")
         _, rows, columns = entry.shape
         size = rows * columns * FLOATS[entry.dtype].itemsize
@@ -280,13 +281,15 @@ def _scaled_experts(names: _Names, name: str, what: str, vectors: Tensor) -> lis
     patterns = names.orders[next(iter(separate))]  # gate and up, which are joined
     for part, pattern in enumerate(patterns):
         for entry in separate[pattern]:
-            expert = re.search(r"\.experts\.(\d+)\.", entry.name)
-            if expert is None or int(expert[1]) >= len(scales):
+            found = re.search(r"\.experts\.(\d+)\.", entry.name)
+            if found is None or int(found[1]) >= len(scales):
                 raise IA3Error(f"{entry.name!r} in {entry.file} belongs to no expert of the model; get it again.")
-            scale = scales[int(expert[1])].chunk(len(patterns))[part]
-            if tuple(vectors.shape) != matrix.vector_shape or scale.shape[0] != entry.shape[matrix.dim]:
+            scale = scales[int(found[1])].chunk(len(patterns))[part]
+            is_fitting = tuple(vectors.shape) == matrix.vector_shape and len(entry.shape) == 2
+            if not is_fitting or scale.shape[0] != entry.shape[matrix.dim]:
                 raise _misfit(what, vectors, entry, "one of the matrices that they scale")
-            changes.append(Change(_checked(entry), entry.start, *entry.shape, matrix.dim, scale))
+            rows, columns = entry.shape
+            changes.append(Change(_checked(entry), entry.start, rows, columns, matrix.dim, scale))
     if len(changes) != len(scales) * len(patterns):
         raise IA3Error(
             f"{names.checkpoint.folder} has {len(changes)} matrices for {name!r}, which is made of "
