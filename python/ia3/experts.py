@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import re
 import warnings
 from collections import defaultdict
@@ -173,8 +172,8 @@ def experts_forward(experts: Any, *args: Any, scales: Any = None, **named: Any) 
     """
     if scales is None:
         return type(experts).forward(experts, *args, **named)
-    inputs = (*args, *named.values())
-    count = experts.num_experts
+    inputs, count = (*args, *named.values()), experts.num_experts
+    tokens: Tensor | None = None
     if type(experts).__name__ in _BLOCKWISE:
         x = inputs[0].view(count, -1, inputs[0].shape[-1])
         ids = torch.arange(count, dtype=torch.int32, device=x.device).repeat_interleave(x.shape[1])
@@ -183,20 +182,22 @@ def experts_forward(experts: Any, *args: Any, scales: Any = None, **named: Any) 
         return torch.bmm(hidden.view(count, x.shape[1], -1), experts.down_proj).flatten(0, 1)
     name, index = _implementation(experts), inputs[1]
     # The order of the implementation's rows: by token, or sorted by expert as the registry's function sorts them.
-    ids, order = index.reshape(-1), torch.arange(index.numel(), device=index.device)
-    if name != "batched_mm":
-        ids, order = ids.sort()
-    tokens, ids = order // index.shape[-1], ids.to(torch.int32)
+    ids = index.reshape(-1)
+    ids, order = (ids, None) if name == "batched_mm" else ids.sort()
+    ids = ids.to(torch.int32)
+    if any(adapter is not None for _, adapter in scales.values()):
+        order = torch.arange(len(ids), device=ids.device) if order is None else order
+        tokens = order // index.shape[-1]
     view = _View(experts, lambda rows: _activate(experts, scales, ids, tokens, rows))
     if name == "eager":
         return _one_by_one(view, *inputs[:3], ids, order)  # type: ignore[call-arg]
     return moe.ALL_EXPERTS_FUNCTIONS[name](view, *inputs)
 
 
-def _activate(experts: Any, scales: Scales, ids: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+def _activate(experts: Any, scales: Scales, ids: Tensor, tokens: Tensor | None, rows: Tensor) -> Tensor:
     """Compute the input of the down projection from the up projection's output ``rows [S, n]``, scaled on both sides.
 
-    ids, tokens: each row's expert and token, ``[S]``.
+    ids, tokens: each row's expert and, where rows have adapters of their own, token, ``[S]``.
     """
 
     def scale_of(name: str) -> tuple[Tensor | None, Tensor | None]:
@@ -311,8 +312,8 @@ def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
     entries = config.target_parameters
     if not entries:
         return matching.plan_adapter(model, config, strict=strict)
-    own, _ = matched_parameters(model, entries, config, strict)
-    # Feed-forward entries that mean parameters are written by the last lines here.
+    own = matched_parameters(model, entries, config, strict)
+    # Feed-forward entries that mean parameters are those that the last lines here have written.
     modules, feedforward = config.target_modules, config.feedforward_modules
     if isinstance(feedforward, set):
         feedforward = {entry for entry in feedforward if not _means(entry, entries) or entry in (modules or ())}
@@ -342,9 +343,10 @@ def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
     if config.target_modules is not None or names is None:
         return config
     if config.target_parameters is None:
-        if not matched_parameters(model, [f"experts.{DOWN}"], config, strict=False)[0]:
+        entries = [f"experts.{DOWN}"]
+        if not any(f".{name}".endswith(f".{entries[0]}") for name, _ in model.named_parameters()):
             return config
-        config.target_parameters = [f"experts.{DOWN}"]
+        config.target_parameters = entries
     linear = [path for path, module in matching.named_base_modules(model) if features(base_of(module))]
     config.target_modules = {name for name in names if any(path.endswith(f".{name}") for path in linear)}
     if config.feedforward_modules is None:
@@ -357,15 +359,13 @@ def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
     return config
 
 
-def matched_parameters(
-    model: nn.Module, entries: list[str], config: IA3Config, strict: bool
-) -> tuple[list[Target], list[str]]:
-    """Return the parameters whose names equal an entry or end with ``.entry``, and all that could be named.
+def matched_parameters(model: nn.Module, entries: list[str], config: IA3Config, strict: bool) -> list[Target]:
+    """Return the parameters whose names equal an entry or end with ``.entry``.
 
     Raises :class:`IA3Error` for entries without parameters and, by their names, for parameters that cannot be scaled.
     """
     found: list[Target] = []
-    known: list[str] = []
+    known: dict[str, None] = {}  # ends of names, in the model's order
     met: set[str] = set()
     wrappers: dict[int, nn.Module] = {}
     for path, module in model.named_modules():
@@ -374,28 +374,26 @@ def matched_parameters(
         wrapper = wrappers.get(id(module))
         for name, parameter in module._parameters.items():
             key = f"{path if wrapper is None else path.removesuffix('.base_layer')}.{name}"
-            if parameter is None or ".ia3_l." in key:
+            if parameter is None or not path or ".ia3_l." in key:
                 continue
-            if _obstacle(module, name, parameter) is None:
-                known.append(key)
+            why = _obstacle(module, name, parameter)
+            if why is None:
+                known[".".join(key.split(".")[-2:])] = None
             means = {entry for entry in entries if key == entry or key.endswith(f".{entry}")}
             met |= means
             if not means or is_excluded(key, config):
                 continue
-            why = _obstacle(module, name, parameter)
             if why is not None:
                 raise IA3Error(f"target_parameters matches {key!r}, {why}.")
             there = None if wrapper is None else wrapper._modules.get(name)
             found.append(Target(key, there or ExpertsMatrix(module, name), name == DOWN))
     missing = sorted(set(entries) - met)
     if missing and (strict or not met):
-        endings = list(dict.fromkeys(".".join(key.split(".")[-2:]) for key in known))
-        near = difflib.get_close_matches(missing[0], endings, n=3, cutoff=0.4) or endings[:3]
         raise IA3Error(
             f"target_parameters names {', '.join(map(repr, missing))}, and this {type(model).__name__} has no such "
-            f"parameter; experts' parameters in it are {', '.join(map(repr, near)) or 'none'}: correct the name."
+            f"parameter; experts' parameters in it are {', '.join(map(repr, known)) or 'none'}: correct the name."
         )
-    return found, known
+    return found
 
 
 def _obstacle(module: Any, name: str, parameter: Any) -> str | None:
@@ -441,9 +439,8 @@ def readable(model: nn.Module, folder: Path, config: IA3Config) -> Iterator[tupl
     for field in ("target_modules", "feedforward_modules"):
         value = getattr(config, field)
         if isinstance(value, set):
-            setattr(
-                config, field, {entry for entry in value if not any(f".{one}".endswith(f".{entry}") for one in names)}
-            )
+            old = {entry for entry in value if any(f".{name}".endswith(f".{entry}") for name in names)}
+            setattr(config, field, value - old)
     with TemporaryDirectory() as scratch:
         save_file({name: tensor.contiguous() for name, tensor in changed.items()}, Path(scratch) / WEIGHTS_NAME)
         yield Path(scratch), config

@@ -182,7 +182,7 @@ class PeftModel(peft.PeftModel):
         folder, kwargs = _located(model_id, kwargs)
         if adapter_name not in self.peft_config:
             check_name(adapter_name)
-        plan, config = None, IA3Config.from_pretrained(folder)
+        plan, config = None, self.peft_config.get(adapter_name) or IA3Config.from_pretrained(folder)
         with readable(base, folder, config) as (folder, config):
             if adapter_name in self.peft_config:
                 expected = present_tensors(base, adapter_name)
@@ -310,13 +310,13 @@ def _injecting(model: nn.Module, plan: Plan, adapter_name: str) -> Iterator[None
 
     What PEFT says of nothing that a user did is not passed on; of ``fan_in_fan_out`` the plan has said what there is.
     """
-    of_experts = [target for target in plan.targets if isinstance(target.module, ExpertsMatrix)]
-    if of_experts and not any(True for _ in carriers(model)):
-        model.requires_grad_(False)  # which PEFT does where it finds no layers with vectors yet
+    if not any(True for _ in carriers(model)):
+        model.requires_grad_(False)  # PEFT does it where it finds no layers with vectors, as those of experts are
     for target in plan.targets:
         if isinstance(target.module, ExpertsMatrix):
             experts.wrap(model, target.path, ExpertsLayer(target.module))
-    hidden = [(target.module, base_of(target.module)) for target in plan.targets if target not in of_experts]
+    bases = ((target.module, base_of(target.module)) for target in plan.targets)
+    hidden = [(layer, base) for layer, base in bases if not isinstance(base, ExpertsMatrix)]
     odd = [base for _, base in hidden if not isinstance(base, nn.Linear | _KNOWN_TO_PEFT)]
     kinds = [type(base) for base in odd]
     for base, kind in zip(odd, kinds, strict=True):
