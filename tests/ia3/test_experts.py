@@ -359,7 +359,7 @@ class _Strange(nn.Module):
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
-        (["experts.dwn_proj"], r"no such parameter; experts' parameters in it are 'experts.down_proj'"),
+        (["experts.dwn_proj"], r"no such parameter; experts' parameters in it are 'experts.gate_up_proj', 'experts.down_proj'"),
         (["experts.gate_up_proj_bias"], r"shape \[4, 48\]; expected one of experts"),
         (["strange.down_proj"], "part of a _Strange, whose layout is not known"),
         ("experts.down_proj", r"write \['experts.down_proj'\]"),
