@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from ..records import Recorder
 from ..settings import Settings
-from . import accuracy, decode, host, memory, merge, merge_checkpoint, mixed, operators, protocol, train_step
+from . import accuracy, decode, host, memory, merge, merge_checkpoint, mixed, moe, operators, protocol, train_step
 
 SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "operators": operators.run,
@@ -17,6 +17,7 @@ SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "decode": decode.run,
     "memory": memory.run,
     "mixed": mixed.run,
+    "moe": moe.run,
     "merge": merge.run,
     "merge_checkpoint": merge_checkpoint.run,
 }

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, StaticCache
+from transformers import PretrainedConfig, StaticCache
 
 from .. import llama
 from ..measure import interleave
 from ..records import Recorder
 from ..settings import Settings
 
-_WARMUP = 4
+WARMUP = 4
 
 
-def _step_function(model: nn.Module, config: LlamaConfig, prompt: Tensor, steps: int) -> Callable[[], Tensor]:
+def step_function(model: nn.Module, config: PretrainedConfig, prompt: Tensor, steps: int) -> Callable[[], Tensor]:
     """Fills a cache with `prompt` [1, tokens]; the function returned decodes one token more at each of `steps` calls.
 
     A static cache costs the same at every position: attention runs over all of its slots, under a mask.
@@ -46,12 +46,12 @@ def run(settings: Settings, recorder: Recorder) -> None:
     prompt = prompt.to(settings.device)
     for dtype in settings.dtypes:
         steps = {
-            impl: _step_function(model.eval(), config, prompt, 1 + _WARMUP + rounds)
+            impl: step_function(model.eval(), config, prompt, 1 + WARMUP + rounds)
             for impl, model in llama.models(settings, dtype, settings.implementations).items()
         }
         llama.check_agreement({impl: step() for impl, step in steps.items()}, dtype)
         with _neighbour() if settings.busy else contextlib.nullcontext():
-            times = interleave(steps, rounds, _WARMUP, device=settings.device)
+            times = interleave(steps, rounds, WARMUP, device=settings.device)
         case = f"{llama.describe(config)}, batch 1, context {context}" + (", one core taken" if settings.busy else "")
         recorder.add_times("decode", case, dtype, times, llama.BASELINES)
 

@@ -28,6 +28,9 @@ COMPILED = "_orig_mod."
 def vector_shape(layer: nn.Module, is_feedforward: bool) -> tuple[int, ...]:
     """Return the shape of one adapter's vector for a layer, as PEFT stores it."""
     base: Any = base_of(layer)
+    own: tuple[int, ...] | None = base.__dict__.get("vector_shape")
+    if own is not None:
+        return own
     sizes = features(base)
     assert sizes is not None
     size = sizes[0] if is_feedforward else sizes[1]

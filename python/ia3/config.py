@@ -50,9 +50,17 @@ class IA3Config(peft.IA3Config):
     modules_to_save: further modules that are trained and saved whole. The heads of ``SEQ_CLS``, ``TOKEN_CLS`` and
         ``QUESTION_ANS`` models are added by themselves.
     init_ia3_weights: start the vectors at ones (else at normal noise).
+    target_parameters: the three-dimensional parameters of experts to scale, by their names or the ends of these, as
+        in PEFT's LoRA: the inputs of ``mlp.experts.down_proj``, the outputs of ``mlp.experts.gate_up_proj``. With
+        ``target_modules=[]``, nothing else. PEFT's IA3 does not know this field, and refuses such an adapter.
+    scale_queries: whether vectors on a fused projection (``c_attn``, ``query_key_value``, ``qkv_proj``) scale queries
+        too, as in PEFT; else keys and values only, as in the paper. PEFT reads the same from the file.
 
     Raises :class:`~ia3.errors.IA3Error` (a ``ValueError``) where a field does not make sense.
     """
+
+    target_parameters: list[str] | None = None
+    scale_queries: bool = True
 
     def __post_init__(self) -> None:
         given: Any = self  # whose fields PEFT declares with types that its files do not keep to
@@ -67,7 +75,7 @@ class IA3Config(peft.IA3Config):
                 ) from None
         if self.peft_type not in (None, PeftType.IA3):
             raise IA3Error(f"peft_type is {self.peft_type!r}, but this is an IA3 configuration; leave it out.")
-        for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights"):
+        for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights", "scale_queries"):
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, type(self).__dataclass_fields__[name].default)  # what a file's null means to PEFT
@@ -82,15 +90,29 @@ class IA3Config(peft.IA3Config):
             if isinstance(names, str):
                 raise IA3Error(f"modules_to_save is {names!r}; expected a list of module names: write [{names!r}].")
             given.modules_to_save = list(saved)
+        parameters = _as_names("target_parameters", self.target_parameters)
+        if isinstance(parameters, str):
+            raise IA3Error(
+                f"target_parameters is {parameters!r}; expected a list of parameters' names: write [{parameters!r}]."
+            )
+        self.target_parameters = None if parameters is None else sorted(parameters)
+        parameters = parameters or set()
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
-            outside = self.feedforward_modules - self.target_modules
+            outside = {
+                entry
+                for entry in self.feedforward_modules - self.target_modules
+                if not any(f".{name}".endswith(f".{entry}") or entry.endswith(f".{name}") for name in parameters)
+            }
             if outside:
                 raise IA3Error(
                     f"feedforward_modules should be a subset of target_modules, but {_quoted(outside)} "
                     f"{'is' if len(outside) == 1 else 'are'} not among the targets {_quoted(self.target_modules)}; "
                     "add the names to target_modules or take them out of feedforward_modules."
                 )
+        # What of it means parameters, PEFT refuses.
+        feedforward, given.feedforward_modules = given.feedforward_modules, None
         super().__post_init__()
+        given.feedforward_modules = feedforward
 
     def _check_pattern(self, name: str) -> None:
         pattern = getattr(self, name)
@@ -103,13 +125,24 @@ class IA3Config(peft.IA3Config):
                     "names."
                 ) from None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a file holds; fields that PEFT does not know, and would warn of, where they mean something."""
+        fields: dict[str, Any] = super().to_dict()
+        if self.target_parameters is None:
+            del fields["target_parameters"]
+        if self.scale_queries:
+            del fields["scale_queries"]
+        return fields
+
     @classmethod
     def of(cls, config: Any) -> IA3Config:
         """Return a checked copy of a ``peft.IA3Config``; raises :class:`IA3Error` for anything else."""
         if not isinstance(config, peft.IA3Config):
             raise IA3Error(f"peft_config is a {type(config).__name__}; expected an ia3.IA3Config: make one.")
         values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config) if entry.init}
-        copied = {name: set(value) if isinstance(value, set) else value for name, value in values.items()}
+        copied: dict[str, Any] = {
+            name: set(value) if isinstance(value, set) else value for name, value in values.items()
+        }
         return cls(**copied)
 
     @classmethod

@@ -129,7 +129,7 @@ def effective_scale(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor 
         return None, None
     routing = routing_of(layer)
     if routing is not None:
-        is_convolution = isinstance(layer._modules["base_layer"], CONVOLUTIONS)
+        is_convolution = isinstance(layer._modules.get("base_layer"), CONVOLUTIONS)
         return routing.scale_of(layer, x, x.shape[:1] if is_convolution else x.shape[:-1])
     # With one adapter there is nothing to switch, and a trace may follow its name.
     vectors: Any = layer._modules["ia3_l"]
@@ -143,6 +143,11 @@ def effective_scale(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor 
     return scale, None
 
 
+def queries_key(adapter_name: str) -> str:
+    """Return the name of the buffer that says which outputs of a layer an adapter leaves alone."""
+    return f"queries_{adapter_name}"
+
+
 def acting_adapters(layer: Any) -> Sequence[str]:
     """Return the adapters whose vectors multiply in the computation: the active ones that the weight does not hold."""
     active: Sequence[str] = layer.active_adapters
@@ -151,15 +156,17 @@ def acting_adapters(layer: Any) -> Sequence[str]:
 
 
 def vectors_of(layer: nn.Module, names: Iterable[str]) -> tuple[Tensor, ...]:
-    """Return the vectors that ``layer`` has of these adapters, as they are stored."""
+    """Return the vectors that ``layer`` has of these adapters, as stored; ones for queries that they leave alone."""
     vectors: Any = layer._modules["ia3_l"]
     found = []
     for name in names:
         vector = vectors._parameters.get(name)
-        if vector is not None:
-            found.append(vector)
-        elif name in vectors:
-            found.append(vectors[name])  # a sharding wrapper may keep it as a plain attribute
+        if vector is None and name in vectors:
+            vector = vectors[name]  # a sharding wrapper may keep it as a plain attribute
+        if vector is None:
+            continue
+        mask = layer._buffers.get(queries_key(name)) if layer._buffers else None
+        found.append(vector if mask is None else vector.masked_fill(mask, 1.0))
     return tuple(found)
 
 
@@ -187,10 +194,7 @@ def scaled_forward(layer: nn.Module, x: Tensor) -> Tensor:
     y: Tensor
     scale, index = effective_scale(layer, x)
     if scale is None:
-        y = base(x) if plain_weight(base) is None else linear_forward(base, x)
-        if layer.training and layer.merged_adapters and _trains_merged(layer):
-            names: Any = layer.merged_adapters
-            y = _Untrainable.apply(y, names, *vectors_of(layer, names))
+        y = refuse_training(layer, base(x) if plain_weight(base) is None else linear_forward(base, x))
     elif (weight := plain_weight(base)) is not None:
         input_scale, output_scale = (scale, None) if layer.is_feedforward else (None, scale)
         y = scaled_linear(x, weight, base._parameters["bias"], input_scale, output_scale, index)
@@ -198,6 +202,14 @@ def scaled_forward(layer: nn.Module, x: Tensor) -> Tensor:
         y = base(_scale_channels(base, x, scale, index))
     else:
         y = _scale_channels(base, base(x), scale, index)
+    return y
+
+
+def refuse_training(layer: Any, y: Tensor) -> Tensor:
+    """Return the output of a layer, which raises in backward where the layer's weight holds vectors to be trained."""
+    if layer.training and layer.merged_adapters and _trains_merged(layer):
+        names: Any = layer.merged_adapters
+        y = _Untrainable.apply(y, names, *vectors_of(layer, names))
     return y
 
 
@@ -260,7 +272,8 @@ class ScaledLayer(nn.Module):
 
     def note_running(self) -> None:
         """Renew ``_running``."""
-        self.__dict__["_running"] = vectors_of(self, acting_adapters(self))
+        # What is computed from vectors would be old after the next step.
+        self.__dict__["_running"] = None if self._buffers else vectors_of(self, acting_adapters(self))
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)  # type: ignore[misc]
@@ -294,7 +307,7 @@ def speed_up_frozen(model: nn.Module) -> None:
     They are what is left of a step: queries, the attention's output, the language model's head. Whether it is the
     faster one is asked in every call: layers move, and may be trained again. :func:`give_back_frozen` undoes it.
     """
-    inside = {id(layer._modules["base_layer"]) for layer in model.modules() if is_scaled(layer)}
+    inside = {id(layer._modules.get("base_layer")) for layer in model.modules() if is_scaled(layer)}
     if not inside or not ia3_kernels.backends.prefers_native():
         return
     for layer in model.modules():

@@ -54,7 +54,7 @@ class Plan:
         config = copy.deepcopy(self.config)
         config.target_modules = _any_of(target.path for target in self.targets)
         config.feedforward_modules = _any_of(target.path for target in self.targets if target.is_feedforward)
-        config.exclude_modules = None
+        config.exclude_modules = config.target_parameters = None
         return config
 
 
@@ -101,11 +101,13 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
 
 def _suggestion(model: nn.Module, modules: dict[str, nn.Module], wanted: Iterable[str]) -> str:
     """Return what to do about names that the model lacks."""
-    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    own = ((name, parameter) for name, parameter in model.named_parameters() if ".ia3_l." not in name)
+    fused = [name for name, parameter in own if parameter.dim() == 3 and "expert" in name]
     if fused:
         return (
             f"its experts are fused into three-dimensional parameters ({fused[0]!r} and others), which have no module "
-            f"to scale: set target_modules to linear layers, of which there are {_quoted(_linear_names(modules))}"
+            "to scale: name them in target_parameters, and in target_modules linear layers, of which there are "
+            f"{_quoted(_linear_names(modules))}"
         )
     linear = _linear_names(modules)
     endings = [".".join(path.split(".")[-2:]) for path, module in modules.items() if features(module)]
@@ -162,6 +164,8 @@ def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA
     entries = targets or ()
     matched = [path for path in modules if _is_named(path, entries)]
     missing = [entry for entry in entries if not any(_is_named(path, (entry,)) for path in matched)]
+    if not entries and config.target_parameters:
+        return []
     if not entries:
         raise IA3Error(f"target_modules is empty; {_suggestion(model, modules, ())}.")
     if missing and (strict or not matched):
@@ -169,7 +173,7 @@ def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA
     return matched
 
 
-def _is_excluded(path: str, config: IA3Config) -> bool:
+def is_excluded(path: str, config: IA3Config) -> bool:
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         if re.fullmatch(excluded, path):
@@ -274,8 +278,8 @@ def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
     explicit_saved = [name for name in config.modules_to_save or () if strict and name not in heads]
     config = _with_defaults(model, config)
     matched = _matched_targets(model, modules, config, strict)
-    paths = [path for path in matched if not _is_excluded(path, config)]
-    if not paths:
+    paths = [path for path in matched if not is_excluded(path, config)]
+    if not paths and not config.target_parameters:
         raise IA3Error(
             f"nothing is left to scale: exclude_modules and modules_to_save take out all {len(matched)} modules that "
             "target_modules matches; narrow them."

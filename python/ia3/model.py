@@ -22,6 +22,7 @@ import torch
 from peft.tuners.ia3 import layer as peft_layer
 from torch import nn
 
+from . import experts, fused
 from .checkpoint import (
     WEIGHTS_NAME,
     check_file,
@@ -33,15 +34,17 @@ from .checkpoint import (
 )
 from .config import IA3Config
 from .errors import IA3Error
+from .experts import ExpertsMatrix, readable
 from .files import atomic_folder, source_folder
+from .fused import plan_adapter
 from .layers import ScaledLayer
-from .matching import Plan, carriers, plan_adapter
+from .matching import Plan, carriers
 from .merging import model as merging
 from .patching import execution_device
 from .probing import base_of
 from .reporting import report
 from .swap import all_or_nothing, give_back_classes, in_place_of, install, uninstall
-from .tuner import IA3Model, MergingLayer, check_name
+from .tuner import ExpertsLayer, IA3Model, MergingLayer, check_name
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ class PeftModel(peft.PeftModel):
         check_name(adapter_name)
         plan = plan_adapter(model, IA3Config.of(peft_config))
         with all_or_nothing(model, adapter_name):
-            with _injecting(plan):
+            with _injecting(model, plan, adapter_name):
                 super().__init__(model, plan.exact_config(), adapter_name, **kwargs)
             self.base_model.peft_config[adapter_name] = plan.config
             self.training = model.training
@@ -103,7 +106,7 @@ class PeftModel(peft.PeftModel):
     def _add(self, adapter_name: str, plan: Plan, *args: Any, **kwargs: Any) -> None:
         is_first = not self.active_adapters
         with all_or_nothing(self.get_base_model(), adapter_name):
-            with _injecting(plan):
+            with _injecting(self.get_base_model(), plan, adapter_name):
                 super().add_adapter(adapter_name, plan.exact_config(), *args, **kwargs)
             self.peft_config[adapter_name] = plan.config
             if is_first:
@@ -149,19 +152,20 @@ class PeftModel(peft.PeftModel):
         folder, kwargs = _located(model_id, kwargs)
         found = IA3Config.from_pretrained(folder) if config is None else IA3Config.of(config)
         found.inference_mode = not is_trainable
-        plan = plan_adapter(model, found, strict=False)
-        mapping = check_file(model, folder, expected_tensors(plan), key_mapping)
-        with all_or_nothing(model, adapter_name):
-            with _injecting(plan), _staying(model):
-                result = peft.PeftModel.from_pretrained(
-                    model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
-                    key_mapping=mapping, **kwargs,
-                )  # fmt: skip
-            accelerate(result)
-            if config is not None:  # the caller's object is the model's, as in PEFT
-                vars(config).update(vars(plan.config))
-            result.peft_config[adapter_name] = config or plan.config
-            return result
+        with readable(model, folder, found) as (folder, found):
+            plan = plan_adapter(model, found, strict=False)
+            mapping = check_file(model, folder, expected_tensors(plan), key_mapping)
+            with all_or_nothing(model, adapter_name):
+                with _injecting(model, plan, adapter_name), _staying(model):
+                    result = peft.PeftModel.from_pretrained(
+                        model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
+                        key_mapping=mapping, **kwargs,
+                    )  # fmt: skip
+                accelerate(result)
+                if config is not None:  # the caller's object is the model's, as in PEFT
+                    vars(config).update(vars(plan.config))
+                result.peft_config[adapter_name] = config or plan.config
+                return result
 
     def load_adapter(
         self,
@@ -179,37 +183,40 @@ class PeftModel(peft.PeftModel):
         """
         base = self.get_base_model()
         folder, kwargs = _located(model_id, kwargs)
-        plan = None
-        if adapter_name in self.peft_config:
-            expected = present_tensors(base, adapter_name)
-        else:
+        if adapter_name not in self.peft_config:
             check_name(adapter_name)
-            config = IA3Config.from_pretrained(folder)
-            config.inference_mode = not is_trainable
-            plan = plan_adapter(base, config, strict=False)
-            expected = expected_tensors(plan)
-        mapping = check_file(base, folder, expected, key_mapping)
-        with all_or_nothing(base, adapter_name):
-            if plan is not None:
-                self._add(adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype)
-            elif any(adapter_name in layer.merged_adapters for _, layer in self.base_model.scaled_layers()):
-                warnings.warn(f"{adapter_name!r} is merged; it is unmerged before vectors are replaced.", stacklevel=2)
-                self.base_model.unmerge_adapter()
-            if any(tensor.is_meta for tensor in expected.values()) and plan is None:
-                kwargs["low_cpu_mem_usage"] = True  # there is nothing to copy into
-            with _staying(base):
-                result = super().load_adapter(
-                    str(folder),
-                    adapter_name,
-                    is_trainable,
-                    torch_device,
-                    autocast_adapter_dtype,
-                    key_mapping=mapping,
-                    **kwargs,
-                )
-            if is_trainable:
-                self.set_requires_grad(adapter_name)
-        return result
+        plan, config = None, self.peft_config.get(adapter_name) or IA3Config.from_pretrained(folder)
+        with readable(base, folder, config) as (folder, config):
+            if adapter_name in self.peft_config:
+                expected = present_tensors(base, adapter_name)
+            else:
+                config.inference_mode = not is_trainable
+                plan = plan_adapter(base, config, strict=False)
+                expected = expected_tensors(plan)
+            mapping = check_file(base, folder, expected, key_mapping)
+            with all_or_nothing(base, adapter_name):
+                if plan is not None:
+                    self._add(adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype)
+                elif any(adapter_name in layer.merged_adapters for _, layer in self.base_model.scaled_layers()):
+                    warnings.warn(
+                        f"{adapter_name!r} is merged; it is unmerged before vectors are replaced.", stacklevel=2
+                    )
+                    self.base_model.unmerge_adapter()
+                if any(tensor.is_meta for tensor in expected.values()) and plan is None:
+                    kwargs["low_cpu_mem_usage"] = True  # there is nothing to copy into
+                with _staying(base):
+                    result = super().load_adapter(
+                        str(folder),
+                        adapter_name,
+                        is_trainable,
+                        torch_device,
+                        autocast_adapter_dtype,
+                        key_mapping=mapping,
+                        **kwargs,
+                    )
+                if is_trainable:
+                    self.set_requires_grad(adapter_name)
+            return result
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the adapters' files and a model card, all of them or none; PEFT's method."""
@@ -223,6 +230,8 @@ class PeftModel(peft.PeftModel):
                 for name, tensor in self.state_dict().items()
                 if "ia3_l" in name or "modules_to_save" in name or not hasattr(tensor, "full_tensor")
             }
+        if not all(getattr(config, "scale_queries", True) for config in self.peft_config.values()):
+            kwargs["state_dict"] = fused.settled(self.get_base_model(), kwargs.get("state_dict") or self.state_dict())
         target = Path(save_directory)
         with atomic_folder(target) as content:
             if (target / "README.md").is_file():
@@ -299,12 +308,18 @@ def _seeming_present(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _injecting(plan: Plan) -> Iterator[None]:
+def _injecting(model: nn.Module, plan: Plan, adapter_name: str) -> Iterator[None]:
     """Show PEFT, within the block, linear layers where targets are linear but for their class.
 
     What PEFT says of nothing that a user did is not passed on; of ``fan_in_fan_out`` the plan has said what there is.
     """
-    hidden = [(layer, base_of(layer)) for layer in (target.module for target in plan.targets)]
+    if not any(True for _ in carriers(model)):
+        model.requires_grad_(False)  # PEFT does it where it finds no layers with vectors, as those of experts are
+    for target in plan.targets:
+        if isinstance(target.module, ExpertsMatrix):
+            experts.wrap(model, target.path, ExpertsLayer(target.module))
+    bases = ((target.module, base_of(target.module)) for target in plan.targets)
+    hidden = [(layer, base) for layer, base in bases if not isinstance(base, ExpertsMatrix)]
     odd = [base for _, base in hidden if not isinstance(base, nn.Linear | _KNOWN_TO_PEFT)]
     kinds = [type(base) for base in odd]
     for base, kind in zip(odd, kinds, strict=True):
@@ -314,6 +329,7 @@ def _injecting(plan: Plan) -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             yield
+        fused.mark(model, adapter_name, plan.config)
     finally:
         for base, kind in zip(odd, kinds, strict=True):
             base.__class__ = kind
@@ -408,7 +424,7 @@ def inject_adapter_in_model(
     config = IA3Config.of(peft_config)
     plan = plan_adapter(model, config, strict="state_dict" not in kwargs)
     with all_or_nothing(model, adapter_name):
-        with _injecting(plan):
+        with _injecting(model, plan, adapter_name):
             peft.inject_adapter_in_model(plan.exact_config(), model, adapter_name, **kwargs)
         configs: Any = model.peft_config
         configs[adapter_name] = plan.config
@@ -449,6 +465,8 @@ def accelerate(model: _Model) -> _Model:
 
 def decelerate(model: _Model) -> _Model:
     """Undo :func:`accelerate`; returns ``model`` itself. Weights that hold vectors are unmerged."""
+    if experts.has_vectors(model):
+        raise IA3Error("the model has vectors on experts, which PEFT has no layers for; unload() the adapters instead.")
     merged = [("layer", layer) for layer in model.modules() if isinstance(layer, MergingLayer) and layer._merge_state]
     if merged:
         merging.unmerge(model, merged)

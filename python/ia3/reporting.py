@@ -13,6 +13,7 @@ from torch import nn
 import ia3_kernels
 
 from .blocks import Row, row_of
+from .experts import ExpertsMatrix
 from .layers import ScaledLayer, acting_adapters, plain_weight, vectors_of
 from .merging.quantized import error_of
 from .mlp import obstacle, patch_of
@@ -98,6 +99,10 @@ def _row(path: str, layer: Any, place: tuple[nn.Module, Row] | None, compute_dty
     if not isinstance(weight, torch.Tensor):  # torch.ao's quantized layers have a method of that name
         weight = weight()
     device, dtype = weight.device, weight.dtype if weight.is_floating_point() else compute_dtype
+    if isinstance(base, ExpertsMatrix):
+        op, how = base.runs()
+        choice = ia3_kernels.explain(op, device.type, dtype)
+        return ReportRow(path, kind, f"{op} ({choice.backend})", f"{how}; {choice.reason}")
     reason = ""
     if layer.is_feedforward:
         if place is None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from . import mlp
+from . import experts, mlp
 from .layers import ScaledLayer, give_back_frozen, speed_up_frozen
 from .merging import formats
 
@@ -53,10 +53,12 @@ def install(model: nn.Module) -> None:
     formats.make_differentiable(model)
     speed_up_frozen(model)
     mlp.fuse(model)
+    experts.patch(model)
 
 
 def uninstall(model: nn.Module) -> None:
     """Take back the patches of :func:`install`."""
+    experts.give_back(model)
     mlp.unfuse(model)
     give_back_frozen(model)
     formats.give_back(model)

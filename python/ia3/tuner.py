@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from peft.tuners.ia3 import layer as peft_layer
 from peft.tuners.ia3 import model as peft_tuner
 from torch import Tensor, nn
 
+from . import experts, fused
 from .errors import IA3Error
 from .layers import ScaledLayer
 from .matching import carriers
 from .merging import model as merging
 from .merging.layer import MergeState, forget, restore, unmerged
+from .patching import execution_device
 from .probing import is_scaled
 from .serving.mixed import MixedBatch, Sites, check_batch, generation_repeats, survey
 from .swap import all_or_nothing, in_place_of, install, uninstall
@@ -96,6 +99,37 @@ if is_bnb_available():
             """PEFT's layer around bitsandbytes' 4-bit."""
 
 
+class ExpertsLayer(MergingLayer, peft_layer.IA3Layer):
+    """The vectors of one parameter of experts; :class:`ia3.experts.Experts` around them computes."""
+
+    def __init__(self, base: experts.ExpertsMatrix) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["base_layer"] = base  # whose experts stand beside this layer
+        self.ia3_l = nn.ParameterDict({})
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.is_feedforward = base.is_input
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.training = base.experts.training
+
+    def update_layer(self, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        """Add an adapter's vectors; PEFT calls it."""
+        if not len(self.ia3_l):
+            self._active_adapter = adapter_name
+        make = torch.ones if config.init_ia3_weights else torch.randn
+        self.ia3_l[adapter_name] = nn.Parameter(make(self.base_layer.vector_shape))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> Any:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return execution_device(base_layer.experts) or device, dtype
+
+    def unmerged(self) -> Any:
+        """Return a block within which the experts hold no vectors."""
+        return unmerged(self)
+
+
 @in_place_of(peft_tuner.IA3Model)
 class IA3Model(peft_tuner.IA3Model):
     """PEFT's tuner, which keeps a model accelerated when adapters come, and merges exactly and in place."""
@@ -127,7 +161,13 @@ class IA3Model(peft_tuner.IA3Model):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         if not self.active_adapters:
             self.active_adapter = args[0] if args else kwargs["adapter_name"]
+        name = args[0] if args else kwargs["adapter_name"]
+        config = self.peft_config[name]
+        if getattr(config, "target_parameters", None):  # PEFT's own methods pass on a configuration as it is
+            self.peft_config[name] = experts.plan_adapter(model, config, strict=False).exact_config()
         super().inject_adapter(model, *args, **kwargs)
+        self.peft_config[name] = config
+        fused.mark(model, name, config)
         install(model)
         self._sites = None
 
@@ -153,7 +193,15 @@ class IA3Model(peft_tuner.IA3Model):
                 f"adapters has {len(names)} names and weights has {len(weights)} numbers; expected one weight for each "
                 "of at least one adapter: correct the lists."
             )
-        super().add_weighted_adapter(names, list(weights), adapter_name)
+        first = self.peft_config[names[0]]
+        configs = [self.peft_config[name] for name in names]
+        parameters = {entry for config in configs for entry in getattr(config, "target_parameters", None) or ()}
+        if parameters:  # PEFT joins the names of modules only
+            self.peft_config[names[0]] = dataclasses.replace(first, target_parameters=sorted(parameters))
+        try:
+            super().add_weighted_adapter(names, list(weights), adapter_name)
+        finally:
+            self.peft_config[names[0]] = first
         with torch.no_grad():
             for _, carrier in carriers(self.model):
                 if not is_scaled(carrier):
@@ -245,6 +293,7 @@ class IA3Model(peft_tuner.IA3Model):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         with all_or_nothing(self.model):
             uninstall(self.model)
+            experts.unwrap(self.model)
             # PEFT's IA3 refuses quantized models even where nothing is to be merged; its base class does the rest.
             model: nn.Module = super(peft_tuner.IA3Model, self)._unload_and_optionally_merge(merge, *args, **kwargs)
         self._sites = self.bank = None

@@ -96,8 +96,8 @@ def test_fused_experts_are_explained() -> None:
         vocab_size=64, num_local_experts=2,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
-    with pytest.raises(ia3.IA3Error, match=r"'w2'.*experts are fused.*k_proj"):
-        ia3.get_peft_model(model, ia3.IA3Config())
+    with pytest.raises(ia3.IA3Error, match=r"'w2'.*experts are fused.*target_parameters.*k_proj"):
+        ia3.get_peft_model(model, ia3.IA3Config(target_modules=["k_proj", "w2"], feedforward_modules=["w2"]))
     assert ia3.get_peft_model(model, ia3.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]))
 
 

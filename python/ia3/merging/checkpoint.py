@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoint import KEY_PREFIX, read_tensors
 from ..config import IA3Config
 from ..errors import IA3Error
+from ..experts import ExpertsMatrix, stacked
 from ..matching import is_feedforward
 from .shards import (
     FLOATS,
@@ -86,7 +87,8 @@ def plan_merge(base: Path, adapter: Path, out: Path) -> MergePlan:
     checkpoint = read_checkpoint(base)
     if not adapter.is_dir():
         raise IA3Error(f"the adapter {adapter} is no folder; name the one that save_pretrained wrote.")
-    config, tensors, names = IA3Config.from_pretrained(adapter), read_tensors(adapter), _Names(checkpoint)
+    config, whole, names = IA3Config.from_pretrained(adapter), read_tensors(adapter), _Names(checkpoint)
+    tensors = whole if names.model is None else stacked(names.model, whole)[0]
     if not any(key.endswith(_VECTOR_SUFFIX) for key in tensors):
         raise IA3Error(f"{adapter} holds no IA3 vectors; name the folder of a trained adapter.")
     changes: dict[tuple[Path, int], Change] = {}
@@ -99,7 +101,7 @@ def plan_merge(base: Path, adapter: Path, out: Path) -> MergePlan:
             changes |= {(change.entry.file, change.start): change} if change.nbytes else {}
     check_out(checkpoint, out)
     warn_if_merged(base, adapter)
-    return MergePlan(checkpoint, adapter, digest(tensors), list(changes.values()))
+    return MergePlan(checkpoint, adapter, digest(whole), list(changes.values()))
 
 
 def write_merged(plan: MergePlan, out: Path, *, link: bool = False, advance: Advance = lambda count: None) -> None:
@@ -128,25 +130,35 @@ class _Names:
             rules = get_model_conversion_mapping(self.model)
             self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
             self._converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+            # Tensors of separate experts, by the parameter that loading makes of them and by their pattern.
+            self.separate: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
+            self.orders = {
+                pattern: list(rule.source_patterns)
+                for rule in self._converters
+                if {type(step).__name__ for step in rule.operations} <= {"MergeModulelist", "Concatenate"}
+                for pattern in rule.source_patterns
+            }
             same: dict[int, list[str]] = defaultdict(list)
             for name, parameter in self.model.named_parameters(remove_duplicate=False):
                 same[id(parameter)].append(name)
                 self._tied[name] = same[id(parameter)]
         self._homes: dict[str, list[Entry]] = defaultdict(list)
         for entry in checkpoint.entries:
-            name, is_converted = self._loaded(entry.name)
-            if self.model is None or (name in self._parameters and not is_converted):
+            name, pattern = self._loaded(entry.name)
+            if self.model is None or (name in self._parameters and pattern is None):
                 self._homes[name].append(entry)
+            elif pattern is not None and name in self._parameters and pattern in self.orders:
+                self.separate[name][pattern].append(entry)
 
-    def _loaded(self, stored: str) -> tuple[str, bool]:
-        """Return the model's name for a stored tensor, and whether loading changes more of it than its name."""
+    def _loaded(self, stored: str) -> tuple[str, str | None]:
+        """Return the model's name for a stored tensor, and the pattern by which loading changes more than its name."""
         if self.model is None:
-            return stored, False
+            return stored, None
         last = self.model.base_model_prefix, self._parameters
         name, pattern = rename_source_key(stored, self._renamings, self._converters, *last)
         if name not in self._parameters:  # then loading goes without the rules, but for the prefix
             name, pattern = rename_source_key(stored, [], [], *last)
-        return name, pattern is not None
+        return name, pattern
 
     def own(self, name: str) -> str:
         """Return the model's name for an adapter's: its own, an older release's, or with the base model's prefix."""
@@ -167,13 +179,7 @@ class _Names:
             )
         if len(found) > 1:
             raise IA3Error(f"{folder} holds {name!r} twice, and nobody can tell which one counts; get it again.")
-        (entry,) = found
-        if entry.dtype not in FLOATS:
-            raise IA3Error(
-                f"{entry.name!r} in {entry.file} is stored as {entry.dtype}, which cannot be scaled; merge into the "
-                "checkpoint in bf16, fp16 or fp32 that it was quantized from."
-            )
-        return entry
+        return _checked(found[0])
 
     def refuse_tied(self, name: str, what: str) -> None:
         """Raise :class:`IA3Error` where others use the same weight, which a checkpoint holds once."""
@@ -187,6 +193,16 @@ class _Names:
                 f"{what} changes {name!r}, which is tied to {others}, and a checkpoint cannot hold both; merge in a "
                 "loaded model (merge_and_unload), which unties them."
             )
+
+
+def _checked(entry: Entry) -> Entry:
+    """Return a stored tensor; raises :class:`IA3Error` for one that cannot be scaled."""
+    if entry.dtype not in FLOATS:
+        raise IA3Error(
+            f"{entry.name!r} in {entry.file} is stored as {entry.dtype}, which cannot be scaled; merge into the "
+            "checkpoint in bf16, fp16 or fp32 that it was quantized from."
+        )
+    return entry
 
 
 def _model_without_values(checkpoint: Checkpoint) -> Any:
@@ -208,6 +224,8 @@ def _model_without_values(checkpoint: Checkpoint) -> Any:
 def _scaled(names: _Names, config: IA3Config, key: str, vector: Tensor) -> list[Change]:
     """Return what a vector changes: its layer's weight and, where it scales outputs, bias."""
     path = key.removesuffix(_VECTOR_SUFFIX)
+    if names.model is not None and (own := names.own(path)) in dict(names.model.named_parameters()):
+        return _scaled_experts(names, own, f"the vectors of {path!r}", vector)
     what, name, bias = f"the vector of {path!r}", names.own(f"{path}.weight"), names.own(f"{path}.bias")
     entry = names.entry(name, what)
     names.refuse_tied(name, what)
@@ -236,6 +254,47 @@ def _scaled(names: _Names, config: IA3Config, key: str, vector: Tensor) -> list[
         if entry.shape != (length,):
             raise _misfit(what, vector, entry, side)
         changes.append(Change(entry, entry.start, 1, length, 1, scale))
+    return changes
+
+
+def _scaled_experts(names: _Names, name: str, what: str, vectors: Tensor) -> list[Change]:
+    """Return what the vectors of a parameter of experts change, which is stored as it is, or as a matrix for each."""
+    outer, _, leaf = name.rpartition(".")
+    matrix = ExpertsMatrix(names.model.get_submodule(outer), leaf)
+    weight: Any = matrix._parameters["weight"]
+    scales = vectors.detach().float().reshape(matrix.vector_shape[0], -1)
+    if not scales.isfinite().all():
+        raise IA3Error(f"{what} have values that are not finite; train the adapter again.")
+    separate, changes = names.separate.get(name), []
+    if separate is None:
+        entry = names.entry(name, what)
+        if tuple(vectors.shape) != matrix.vector_shape or entry.shape != tuple(weight.shape):
+            raise _misfit(what, vectors, entry, "a matrix for each expert")
+        _, rows, columns = entry.shape
+        size = rows * columns * FLOATS[entry.dtype].itemsize
+        for expert, scale in enumerate(scales):
+            changes.append(Change(entry, entry.start + expert * size, rows, columns, matrix.dim, scale))
+        if not matrix.is_input and names.stored(f"{name}_bias"):
+            bias = names.entry(f"{name}_bias", what)
+            changes.append(Change(bias, bias.start, 1, scales.numel(), 1, scales.reshape(-1)))
+        return changes
+    patterns = names.orders[next(iter(separate))]  # gate and up, which are joined
+    for part, pattern in enumerate(patterns):
+        for entry in separate[pattern]:
+            found = re.search(r"\.experts\.(\d+)\.", entry.name)
+            if found is None or int(found[1]) >= len(scales):
+                raise IA3Error(f"{entry.name!r} in {entry.file} belongs to no expert of the model; get it again.")
+            scale = scales[int(found[1])].chunk(len(patterns))[part]
+            is_fitting = tuple(vectors.shape) == matrix.vector_shape and len(entry.shape) == 2
+            if not is_fitting or scale.shape[0] != entry.shape[matrix.dim]:
+                raise _misfit(what, vectors, entry, "one of the matrices that they scale")
+            rows, columns = entry.shape
+            changes.append(Change(_checked(entry), entry.start, rows, columns, matrix.dim, scale))
+    if len(changes) != len(scales) * len(patterns):
+        raise IA3Error(
+            f"{names.checkpoint.folder} has {len(changes)} matrices for {name!r}, which is made of "
+            f"{len(scales) * len(patterns)}; get the whole model."
+        )
     return changes
 
 

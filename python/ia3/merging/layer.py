@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ia3_kernels import Residual, merge_, swap_, unmerge_
 
 from ..errors import IA3Error
+from ..experts import ExpertsMatrix
 from . import quantized
 from .quantized import Placement
 
@@ -63,13 +64,16 @@ class MergeState:
 
 def scaled_parameters(layer: Any) -> Iterator[tuple[str, int]]:
     """Return the names of the parameters that a layer's vectors scale, and along which dimension: 0, the outputs; 1."""
-    yield "weight", 1 if layer.is_feedforward else 0
-    if not layer.is_feedforward and layer.base_layer._parameters.get("bias") is not None:
+    base = layer.base_layer
+    yield "weight", base.dim if isinstance(base, ExpertsMatrix) else int(layer.is_feedforward)
+    if not layer.is_feedforward and base._parameters.get("bias") is not None:
         yield "bias", 0
 
 
 def as_stored(base: nn.Module, parameter: Tensor) -> Tensor:
     """Return a view of a parameter with outputs first: ``Conv1D`` stores its weight the other way round."""
+    if isinstance(base, ExpertsMatrix):
+        return base.as_stored(parameter)
     return parameter.detach().t() if isinstance(base, Conv1D) and parameter.dim() == 2 else parameter.detach()
 
 
@@ -163,7 +167,8 @@ def put(layer: Any, after: MergeState | None) -> None:
     state = before or after
     if state is None:
         return
-    parameters, steps = dict(base._parameters), list(scaled_parameters(layer))
+    steps = list(scaled_parameters(layer))
+    parameters = {name: base._parameters[name] for name, _ in steps}
     then = {} if before is None else before.parameters
     done: dict[str, list[Any]] = {name: [] for name, _ in steps}
     try:

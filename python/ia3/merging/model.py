@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ia3_kernels import stays_finite
 
 from ..errors import IA3Error
+from ..experts import ExpertsMatrix
 from ..layers import ScaledLayer, vectors_of
 from ..mlp import up_projections
 from ..patching import runs_class_forward
@@ -87,6 +88,8 @@ def _is_plain(base: Any) -> bool:
     compute their weight.
     """
     weight = base._parameters.get("weight")
+    if isinstance(base, ExpertsMatrix):
+        return type(weight) is nn.Parameter and weight.is_contiguous() and runs_class_forward(base.experts)
     if type(weight) not in (nn.Parameter, Tensor) or not runs_class_forward(base):
         return False
     if any(isinstance(base, kind) and _runs_methods_of(kind, type(base)) for kind in (Conv1D, *CONVOLUTIONS)):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IA3Error
+from ..experts import ExpertsMatrix
 from ..layers import ScaledLayer, vectors_of
 from .routing import BASE, RowRouting
 
@@ -43,7 +44,11 @@ def survey(model: nn.Module) -> Sites:
     return Sites(
         layers,
         tuple(path for path, module in named if "modules_to_save" in module._modules),
-        tuple(path for path, _ in layers if "experts" in path.split(".")),
+        tuple(
+            path
+            for path, layer in layers
+            if "experts" in path.split(".") and not isinstance(layer.base_layer, ExpertsMatrix)
+        ),
     )
 
 
