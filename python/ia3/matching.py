@@ -271,7 +271,9 @@ def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
     Raises :class:`IA3Error` for names that the model lacks (with near ones), for layers of an unsupported kind, and
     where nothing is left to scale.
     """
-    modules = dict(named_base_modules(model))
+    found = dict(named_base_modules(model))
+    # The layers that hold experts' vectors are no modules of the model's.
+    modules = {path: one for path, one in found.items() if not is_scaled(one) or features(base_of(one)) is not None}
     explicit_feedforward = config.feedforward_modules
     # A model has one of its task's heads; naming the others too is what a saved configuration does.
     heads = TASK_HEADS.get(config.task_type, ())

@@ -317,6 +317,67 @@ def test_adapters_come_and_go() -> None:
     torch.testing.assert_close(base(tokens()).logits, build("mixtral")(tokens()).logits)
 
 
+def test_names_of_modules_never_mean_experts() -> None:
+    """Whether or not another adapter has vectors on them."""
+    model = adapted("qwen2_moe")
+    for name, targets in (("listed", ["down_proj"]), ("pattern", r".*down_proj"), ("all", "all-linear")):
+        model.add_adapter(name, ia3.IA3Config(target_modules=targets, feedforward_modules=[]))
+        paths = [key for key, _ in model.named_parameters() if key.endswith(f".ia3_l.{name}")]
+        assert any("shared_expert.down_proj" in path for path in paths)
+        assert not any(".experts." in path for path in paths)
+
+
+def _synthetic(kind: str, implementation: str) -> Any:
+    """A model that is nothing but experts of a rarer layout, without a class in transformers."""
+    from types import SimpleNamespace
+
+    from transformers.integrations import use_experts_implementation
+
+    class Rare(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn, self.post_expert_norm = E, nn.SiLU(), nn.LayerNorm(WIDTH)
+            up = nn.Parameter(0.3 * torch.randn(E, INNER if kind == "has_gate" else 2 * INNER, WIDTH))
+            setattr(self, "up_proj" if kind == "has_gate" else "gate_up_proj", up)
+            self.down_proj = nn.Parameter(0.3 * torch.randn(E, WIDTH, INNER))
+
+        def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            raise AssertionError("the registry's functions run in its place")
+
+    settings = {"has_gate": {"has_gate": False}, "has_post_expert_norm": {"has_post_expert_norm": True}}[kind]
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.experts = use_experts_implementation(Rare, **settings)(
+        SimpleNamespace(_experts_implementation=implementation)
+    )
+    model.forward = lambda *inputs: model.experts(*inputs)
+    return model
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["has_gate", "has_post_expert_norm"])
+def test_experts_without_a_gate_and_with_a_norm(kind: str, implementation: str) -> None:
+    model = _synthetic(kind, implementation)
+    experts, up = model.experts, "up_proj" if kind == "has_gate" else "gate_up_proj"
+    config = ia3.IA3Config(target_modules=[], target_parameters=[f"experts.{up}", "experts.down_proj"])
+    ia3.inject_adapter_in_model(config, model)
+    scatter(model)
+    out, inner = (model.experts._modules[name].ia3_l["default"].squeeze() for name in (up, "down_proj"))
+    generator = torch.Generator().manual_seed(5)
+    x, weights = torch.randn(9, WIDTH, generator=generator), torch.rand(9, TOP, generator=generator)
+    index = torch.stack([torch.randperm(E, generator=generator)[:TOP] for _ in range(9)])
+    expected = []
+    for token, chosen, shares in zip(x, index, weights, strict=True):
+        parts = []
+        for e, share in zip(chosen.tolist(), shares, strict=True):
+            rows = (experts._parameters[up][e] @ token) * out[e]
+            hidden = F.silu(rows) if kind == "has_gate" else F.silu(rows[:INNER]) * rows[INNER:]
+            y = experts.down_proj[e] @ (hidden * inner[e])
+            parts.append(share * (y if kind == "has_gate" else experts.post_expert_norm(y)))
+        expected.append(sum(parts))
+    assert_near(model(x, index, weights), torch.stack(expected).double(), torch.float32)
+
+
 def test_hooks_on_experts_still_run() -> None:
     model = adapted("mixtral")
     seen = []
