@@ -1,0 +1,240 @@
+"""vLLM's layers with a table of vectors for each scaled side: one row a slot, and a last one of ones.
+
+A class is vLLM's own with-LoRA class of the same kind, whose slicing among tensor-parallel ranks serves as it is: a
+vector ``ia3_l`` has the shape of a matrix of rank 1, ``[1, in]`` like ``lora_a`` and ``[out, 1]`` like ``lora_b``.
+
+Equation, T tokens of slots i: ``y = (x ∘ a[i]) Wᵀ ∘ b[i]``, with a ``[slots + 1, in]``, b ``[slots + 1, out]``. A slot of
+-1 is the last row. There is no branch on what a batch holds, so a graph is the same for every mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.lora import layers as theirs
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from ia3.errors import IA3Error
+from ia3_kernels import gated_activation, scaled_activation
+
+from .index import SlotIndex
+
+Vectors = Sequence[Tensor | None]
+
+
+def scale_rows(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """Return ``x ∘ table[index]``, in fp32 with one rounding: x ``[*, n]``, table ``[slots + 1, n]``, index ``[*]``."""
+    if torch.compiler.is_compiling():  # a compiler fuses this with what is around it
+        return (x.float() * table[index]).to(x.dtype)
+    return scaled_activation(x, table, "identity", index)
+
+
+class Scaled:
+    """What IA3 adds to a layer with LoRA; mixed into vLLM's classes by :func:`layer_classes`."""
+
+    with_lora = False
+    index: SlotIndex
+    input_tables: list[Tensor | None]
+    output_table: Tensor | None = None
+
+    # --- what vLLM calls ----------------------------------------------------------------------------------------------
+
+    def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        if self.with_lora:
+            super().create_lora_weights(max_loras, lora_config, model_config)  # type: ignore[misc]
+        else:
+            self.lora_config, self._enable_aux_cuda_stream = lora_config, False
+        self.slots = max_loras
+        self.input_tables = [None] * self.n_slices
+        self.input_is_scaled = False  # by the activation before
+        self.is_split = False
+
+    def set_mapping(self: Any, punica_wrapper: Any) -> None:
+        super().set_mapping(punica_wrapper)  # type: ignore[misc]
+        self.index = getattr(punica_wrapper, "slot_index", punica_wrapper)
+
+    def reset_lora(self: Any, index: int) -> None:
+        if self.with_lora:
+            super().reset_lora(index)  # type: ignore[misc]
+        for table in (*self.input_tables, self.output_table):
+            if table is not None:
+                table[index].fill_(1)
+
+    def apply(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.is_split:
+            y = self._apply_split(x, bias)
+        else:
+            table = self.input_tables[0]
+            if table is not None and not self.input_is_scaled:
+                x = scale_rows(x, table, self.index.rows(x))
+            y = super().apply(x, bias)  # type: ignore[misc]
+        if self.output_table is None:
+            return y
+        start, stop = self.span
+        part = y[..., start:stop]
+        scaled = scale_rows(part, self.output_table, self.index.rows(y))
+        if part.shape == y.shape:
+            return scaled
+        part.copy_(scaled)
+        return y
+
+    def _apply_lora_to_output(self: Any, x: Tensor, output: Tensor) -> Tensor:
+        if self.with_lora:
+            return super()._apply_lora_to_output(x, output)  # type: ignore[misc, no-any-return]
+        return output
+
+    def _apply_split(self: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One matmul for each of the fused layers, whose inputs differ."""
+        rows, parts, stops = self.index.rows(x), [], list(accumulate(self.widths))
+        for table, width, stop in zip(self.input_tables, self.widths, stops, strict=True):
+            scaled = x if table is None else scale_rows(x, table, rows)
+            own = None if bias is None else bias[stop - width : stop]
+            parts.append(F.linear(scaled, self.base_layer.weight[stop - width : stop], own))
+        return self._apply_lora_to_output(x, torch.cat(parts, -1))
+
+    # --- what this package's manager calls ----------------------------------------------------------------------------
+
+    @property
+    def widths(self: Any) -> tuple[int, ...]:
+        """The outputs of each fused layer on this rank."""
+        return tuple(self.output_slices) if self.n_slices > 1 else (self.output_size,)
+
+    def whole_sizes(self: Any) -> tuple[int, list[int]]:
+        """Return the inputs and, for each fused layer, the outputs of the layer that ranks have slices of."""
+        base = self.base_layer
+        if self.n_slices == 1:
+            replicas = getattr(base, "num_kv_head_replicas", 1)
+            if replicas == 1:
+                return base.input_size, [base.output_size]
+            return base.input_size, [self.q_proj_total_size + 2 * self.kv_proj_total_size]
+        sizes = list(base.output_sizes)
+        replicas = getattr(base, "num_kv_head_replicas", 1)  # of the keys and values
+        return base.input_size, [sizes[0], *(size // replicas for size in sizes[1:])]
+
+    def create_tables(self: Any, name: str, outputs: Sequence[bool], inputs: Sequence[bool], dtype: torch.dtype) -> None:
+        """Make tables of ones for the sides that are scaled, one flag for each fused layer. Raises :class:`IA3Error`."""
+        base = self.base_layer
+        if len(outputs) != self.n_slices:
+            raise IA3Error(
+                f"{name} holds {self.n_slices} layers under {len(outputs)} names, so that no vector of a checkpoint has "
+                "a place in it; leave it out of the targets."
+            )
+        if any(inputs):
+            self.is_split = self.n_slices > 1
+            plain = isinstance(base.quant_method, UnquantizedLinearMethod)
+            if self.is_split and not (plain and base.weight.shape[:1] == (sum(self.widths),)):
+                raise IA3Error(
+                    f"the input of layers fused in {name} is to be scaled, which takes a matmul for each of them, and "
+                    "the weight cannot be split: it is quantized, or packed for this CPU; scale outputs there."
+                )
+            self.input_tables = [self._ones(self.input_size, dtype) if wanted else None for wanted in inputs]
+        if any(outputs):
+            if base.skip_bias_add and base.bias is not None:
+                raise IA3Error(f"{name} leaves its bias to others, who would not scale it; leave it out of the targets.")
+            first, last = outputs.index(True), len(outputs) - outputs[::-1].index(True)
+            stops = [0, *accumulate(self.widths)]
+            self.span, self.parts = (stops[first], stops[last]), slice(first, last)
+            self.output_table = self._ones(stops[last] - stops[first], dtype)
+
+    def _ones(self: Any, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.ones(self.slots + 1, size, dtype=dtype, device=self.device)
+
+    def shard(self: Any, outputs: Vectors, inputs: Vectors) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return this rank's slices of the whole vectors of each fused layer, as :meth:`set_scales` takes them.
+
+        outputs: ``[out, 1]`` or None, inputs: ``[1, in]`` or None; for each fused layer.
+        """
+        if self.n_slices > 1:
+            left, right = self.slice_lora_a(list(inputs)), self.slice_lora_b(list(outputs))
+        else:
+            left = [None if vector is None else self.slice_lora_a(vector) for vector in inputs]
+            right = [None if vector is None else self.slice_lora_b(vector) for vector in outputs]
+        own = None
+        if any(vector is not None for vector in right):
+            pairs = list(zip(right, self.widths, strict=True))[self.parts]
+            own = torch.cat([torch.ones(width) if part is None else part.reshape(-1) for part, width in pairs])
+        return own, [None if vector is None else vector.reshape(-1) for vector in left]
+
+    def set_scales(self: Any, slot: int, output: Tensor | None, inputs: Vectors) -> None:
+        """Write an adapter's vectors into a slot, in which :meth:`reset_lora` has put ones."""
+        if output is not None:
+            self.output_table[slot].copy_(output, non_blocking=True)
+        for table, vector in zip(self.input_tables, inputs, strict=True):
+            if vector is not None:
+                table[slot].copy_(vector, non_blocking=True)
+
+
+def layer_classes(with_lora: bool) -> tuple[type, ...]:
+    """Return the classes that replace vLLM's, in the order in which they are asked what they fit."""
+    kinds = (
+        theirs.ColumnParallelLinearWithLoRA,
+        theirs.MergedColumnParallelLinearWithLoRA,
+        theirs.QKVParallelLinearWithLoRA,
+        theirs.MergedQKVParallelLinearWithLoRA,
+        theirs.RowParallelLinearWithLoRA,
+        theirs.ReplicatedLinearWithLoRA,
+    )
+    return tuple(
+        type(kind.__name__.replace("LoRA", "IA3"), (Scaled, kind), {"with_lora": with_lora}) for kind in kinds
+    )
+
+
+class ScaledActivation(nn.Module):
+    """A gated MLP's activation that scales for the layer behind it: ``act(gate) ∘ up ∘ a[i]`` in one kernel."""
+
+    def __init__(self, activation: str, behind: Any) -> None:
+        super().__init__()
+        self._activation, self._behind = activation, [behind]  # in a list, or it would be a child here too
+
+    def forward(self, x: Tensor) -> Tensor:
+        behind, half = self._behind[0], x.shape[-1] // 2
+        gate, up = x[..., :half], x[..., half:]
+        return gated_activation(gate, up, behind.input_tables[0], self._activation, behind.index.rows(x))
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """Return this package's name of a gated activation of vLLM's; None for every other module."""
+    if type(module) is SiluAndMul:
+        return "silu"
+    if type(module) is GeluAndMul:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return None
+
+
+def move_into_activation(parent: nn.Module, behind: Any, dtype: torch.dtype) -> bool:
+    """Let a block's activation scale the input of ``behind``, its last layer; returns whether it does.
+
+    Whether the block is one whose activation feeds that layer, and nothing else, is tried on a few numbers.
+    """
+    found = [(name, kind) for name, child in parent.named_children() if (kind := activation_of(child)) is not None]
+    if len(found) != 1 or behind.input_tables[0] is None:
+        return False
+    ((name, kind),) = found
+    theirs_, ours, table = getattr(parent, name), ScaledActivation(kind, behind), behind.input_tables[0]
+    entry = next((child for child in parent.children() if getattr(child, "input_size", None)), None)
+    if entry is None or entry is behind:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, entry.input_size, generator=generator).to(dtype)
+    table[0].copy_(torch.rand(table.shape[1], generator=generator) + 0.5)
+    behind.index.buffer[:3] = torch.tensor([0, -1, 0])
+    try:
+        expected = parent(x)
+        setattr(parent, name, ours)
+        behind.input_is_scaled = True
+        error = (parent(x).float() - expected.float()).abs().max()
+        fits = bool(error <= 16 * torch.finfo(dtype).eps * expected.float().abs().max())
+    except Exception:  # a block that is called otherwise
+        fits = False
+    table[0].fill_(1)
+    behind.index.buffer.fill_(-1)
+    if not fits:
+        setattr(parent, name, theirs_)
+        behind.input_is_scaled = False
+    return fits
