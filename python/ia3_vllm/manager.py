@@ -94,8 +94,8 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
     def _targets(self) -> Any:
         """Yield the modules that have something to scale, with the checkpoint's names of the layers in them."""
         for module, layer in self.model.named_modules():
-            if not isinstance(layer, LinearBase):
-                continue
+            if not isinstance(layer, LinearBase) or self._get_punica_wrapper(module) is None:
+                continue  # the second: of a part that vLLM adapts nothing in
             parent, _, own = module.rpartition(".")
             fused = self.packed_modules_mapping.get(own) or [own]
             paths = [f"{parent}.{name}" if parent else name for name in fused]
