@@ -1,8 +1,8 @@
 """IA3 adapters in vLLM: a plugin that serves PEFT's folders, mixed freely in one batch.
 
-vLLM finds :func:`register` by its entry point, in each of its processes. Nothing changes until an engine is started with
-the key ``"ia3"`` in ``--additional-config``; then the engine's adapters are IA3's, and every flag and endpoint that vLLM
-has for LoRA serves them. docs/serving.md has the flags, the design and what does not work.
+vLLM finds :func:`register` by its entry point, in each of its processes. Nothing changes until an engine is started
+with the key ``"ia3"`` in ``--additional-config``; then its adapters are IA3's, and every flag and endpoint that vLLM has
+for LoRA serves them. docs/serving.md has the flags, the design and what does not work.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def register() -> None:
             last,
         )
         return
-    runner = importlib.import_module(_RUNNER)
+    runner: Any = importlib.import_module(_RUNNER)
     theirs = runner.LRUCacheWorkerLoRAManager
     if getattr(theirs, "is_ia3", False):
         return

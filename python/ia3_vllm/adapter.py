@@ -46,8 +46,8 @@ def read_folder(folder: Path, config: IA3Config | None = None) -> tuple[IA3Confi
     config = config or IA3Config.from_pretrained(folder)
     if config.modules_to_save:
         raise IA3Error(
-            f"{folder} has modules_to_save ({', '.join(sorted(config.modules_to_save))}), whole layers that requests of "
-            "other adapters in a batch would run through as well; serve it merged, with `ia3 merge`."
+            f"{folder} has modules_to_save ({', '.join(sorted(config.modules_to_save))}), whole layers that the other "
+            "requests of a batch would run through as well; serve it merged, with `ia3 merge`."
         )
     return config, read_tensors(folder)
 
@@ -58,8 +58,8 @@ def scales_of(
     """Return this rank's slices of an adapter's vectors, in the host's memory.
 
     source: what sentences call the adapter. tensors: by the keys of a file. places: by the layers' names in the running
-    model, were they not fused. layers: by module. rename: turns a checkpoint's name of a layer into the model's, or into
-    None for one that is on another rank.
+    model, were they not fused. layers: by module. rename: turns a checkpoint's name of a layer into the model's, or
+    into None for one that is on another rank.
 
     Raises :class:`IA3Error` for the first tensor that has no place, or another shape than its place.
     """
@@ -67,7 +67,7 @@ def scales_of(
     for key, tensor in sorted(tensors.items()):
         path = key.removeprefix(KEY_PREFIX).removesuffix(SUFFIX)
         if not key.endswith(SUFFIX):
-            raise IA3Error(f"{source} has the tensor {key!r}, which is no IA3 vector; serve it merged, with `ia3 merge`.")
+            raise IA3Error(f"{source} has the tensor {key!r}, which is no IA3 vector; serve it merged: `ia3 merge`.")
         name = rename(path)
         if name is None:
             continue
@@ -80,23 +80,23 @@ def scales_of(
         expected = [1, size] if is_input else [outputs[place.part], 1]
         if list(tensor.shape) != expected or not tensor.is_floating_point():
             raise IA3Error(
-                f"{source} has the tensor {key!r} of shape {list(tensor.shape)} and dtype {tensor.dtype}, and the model "
-                f"takes a floating-point vector of shape {expected} there; it was saved from another model."
+                f"{source} has the tensor {key!r} of shape {list(tensor.shape)} and dtype {tensor.dtype}, and the "
+                f"model takes a floating-point vector of shape {expected} there; it was saved from another model."
             )
         if not torch.isfinite(tensor).all():
             raise IA3Error(f"{source} has values that are not finite in {key!r}; train the adapter again.")
         sides = found.setdefault(place.module, ([None] * len(outputs), [None] * len(outputs)))
         sides[is_input][place.part] = tensor.detach().to("cpu", torch.float32)
-    pin = any(layer.device.type == "cuda" for layer in layers.values())
+    pin = any(layers[module].device.type == "cuda" for module in found)
+
+    def keep(vector: Tensor | None) -> Tensor | None:
+        return vector.pin_memory() if pin and vector is not None else vector
+
     return {
-        module: (_pinned(output, pin), [_pinned(vector, pin) for vector in inputs])
+        module: (keep(output), [keep(vector) for vector in inputs])
         for module, sides in found.items()
         for output, inputs in [layers[module].shard(*sides)]
     }
-
-
-def _pinned(vector: Tensor | None, pin: bool) -> Tensor | None:
-    return vector.pin_memory() if vector is not None and pin else vector
 
 
 def _no_place(source: str, key: str, name: str, is_input: bool) -> str:

@@ -22,7 +22,7 @@ class SlotIndex:
 
     def __init__(self, tokens: int, device: torch.device) -> None:
         self.buffer = torch.full((tokens,), NO_SLOT, dtype=torch.int32, device=device)
-        self._slots_of: tuple[Sequence[int | None], np.ndarray, np.ndarray] | None = None
+        self._slots_of: tuple[Any, Any, Any] = (None, None, None)
 
     def rows(self, x: Tensor) -> Tensor:
         """Return the entries of the tokens of ``x``, ``[*, n]``: a view ``[*]``."""
@@ -34,7 +34,7 @@ class SlotIndex:
         mapping: vLLM's, whose ``index_mapping`` has an adapter's id for every token, 0 for none.
         lora_index_to_id: the adapter in each slot, or None.
         """
-        if self._slots_of is None or self._slots_of[0] != lora_index_to_id:
+        if self._slots_of[0] != lora_index_to_id:
             active = sorted((name, slot) for slot, name in enumerate(lora_index_to_id) if name is not None)
             table = np.array([(0, NO_SLOT), *active], dtype=np.int64)
             self._slots_of = list(lora_index_to_id), table[:, 0].copy(), table[:, 1].astype(np.int32)

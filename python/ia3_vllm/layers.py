@@ -3,8 +3,8 @@
 A class is vLLM's own with-LoRA class of the same kind, whose slicing among tensor-parallel ranks serves as it is: a
 vector ``ia3_l`` has the shape of a matrix of rank 1, ``[1, in]`` like ``lora_a`` and ``[out, 1]`` like ``lora_b``.
 
-Equation, T tokens of slots i: ``y = (x ∘ a[i]) Wᵀ ∘ b[i]``, with a ``[slots + 1, in]``, b ``[slots + 1, out]``. A slot of
--1 is the last row. There is no branch on what a batch holds, so a graph is the same for every mix.
+Equation, T tokens of slots i: ``y = (x ∘ a[i]) Wᵀ ∘ b[i]``, with a ``[slots + 1, in]``, b ``[slots + 1, out]``. A slot
+of -1 is the last row. There is no branch on what a batch holds, so a graph is the same for every mix.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Scaled:
 
     def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         if self.with_lora:
-            super().create_lora_weights(max_loras, lora_config, model_config)  # type: ignore[misc]
+            # vLLM's torch kernels read the last slot for a token without an adapter: here, one that stays zeros.
+            spare = int(self.device.type == "cpu")
+            super().create_lora_weights(max_loras + spare, lora_config, model_config)  # type: ignore[misc]
         else:
             self.lora_config, self._enable_aux_cuda_stream = lora_config, False
         self.slots = max_loras
@@ -66,7 +68,7 @@ class Scaled:
             if table is not None:
                 table[index].fill_(1)
 
-    def apply(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self: Any, x: Tensor, bias: Tensor | None = None) -> Any:
         if self.is_split:
             y = self._apply_split(x, bias)
         else:
@@ -84,12 +86,10 @@ class Scaled:
         part.copy_(scaled)
         return y
 
-    def _apply_lora_to_output(self: Any, x: Tensor, output: Tensor) -> Tensor:
-        if self.with_lora:
-            return super()._apply_lora_to_output(x, output)  # type: ignore[misc, no-any-return]
-        return output
+    def _apply_lora_to_output(self: Any, x: Tensor, output: Tensor) -> Any:
+        return super()._apply_lora_to_output(x, output) if self.with_lora else output  # type: ignore[misc]
 
-    def _apply_split(self: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _apply_split(self: Any, x: Tensor, bias: Tensor | None) -> Any:
         """One matmul for each of the fused layers, whose inputs differ."""
         rows, parts, stops = self.index.rows(x), [], list(accumulate(self.widths))
         for table, width, stop in zip(self.input_tables, self.widths, stops, strict=True):
@@ -108,22 +108,21 @@ class Scaled:
     def whole_sizes(self: Any) -> tuple[int, list[int]]:
         """Return the inputs and, for each fused layer, the outputs of the layer that ranks have slices of."""
         base = self.base_layer
-        if self.n_slices == 1:
-            replicas = getattr(base, "num_kv_head_replicas", 1)
-            if replicas == 1:
-                return base.input_size, [base.output_size]
-            return base.input_size, [self.q_proj_total_size + 2 * self.kv_proj_total_size]
-        sizes = list(base.output_sizes)
-        replicas = getattr(base, "num_kv_head_replicas", 1)  # of the keys and values
-        return base.input_size, [sizes[0], *(size // replicas for size in sizes[1:])]
+        replicas = getattr(base, "num_kv_head_replicas", None)
+        if replicas is None:
+            sizes = list(base.output_sizes) if self.n_slices > 1 else [base.output_size]
+        else:  # vLLM counts every copy of a head of keys and values
+            first, *others = base.output_sizes
+            sizes = [first, *(size // replicas for size in others)]
+        return base.input_size, sizes if self.n_slices > 1 else [sum(sizes)]
 
-    def create_tables(self: Any, name: str, outputs: Sequence[bool], inputs: Sequence[bool], dtype: torch.dtype) -> None:
-        """Make tables of ones for the sides that are scaled, one flag for each fused layer. Raises :class:`IA3Error`."""
+    def create_tables(self: Any, name: str, outputs: list[bool], inputs: list[bool], dtype: torch.dtype) -> None:
+        """Make tables of ones for the sides that are scaled, a flag for each fused layer. Raises :class:`IA3Error`."""
         base = self.base_layer
         if len(outputs) != self.n_slices:
             raise IA3Error(
-                f"{name} holds {self.n_slices} layers under {len(outputs)} names, so that no vector of a checkpoint has "
-                "a place in it; leave it out of the targets."
+                f"{name} holds {self.n_slices} layers under {len(outputs)} names, so that no vector of a checkpoint "
+                "has a place in it; leave it out of the targets."
             )
         if any(inputs):
             self.is_split = self.n_slices > 1
@@ -136,7 +135,7 @@ class Scaled:
             self.input_tables = [self._ones(self.input_size, dtype) if wanted else None for wanted in inputs]
         if any(outputs):
             if base.skip_bias_add and base.bias is not None:
-                raise IA3Error(f"{name} leaves its bias to others, who would not scale it; leave it out of the targets.")
+                raise IA3Error(f"{name} leaves its bias to others, who do not scale it; leave it out of the targets.")
             first, last = outputs.index(True), len(outputs) - outputs[::-1].index(True)
             stops = [0, *accumulate(self.widths)]
             self.span, self.parts = (stops[first], stops[last]), slice(first, last)
@@ -180,9 +179,7 @@ def layer_classes(with_lora: bool) -> tuple[type, ...]:
         theirs.RowParallelLinearWithLoRA,
         theirs.ReplicatedLinearWithLoRA,
     )
-    return tuple(
-        type(kind.__name__.replace("LoRA", "IA3"), (Scaled, kind), {"with_lora": with_lora}) for kind in kinds
-    )
+    return tuple(type(kind.__name__.replace("LoRA", "IA3"), (Scaled, kind), {"with_lora": with_lora}) for kind in kinds)
 
 
 class ScaledActivation(nn.Module):
@@ -217,12 +214,12 @@ def move_into_activation(parent: nn.Module, behind: Any, dtype: torch.dtype) -> 
         return False
     ((name, kind),) = found
     theirs_, ours, table = getattr(parent, name), ScaledActivation(kind, behind), behind.input_tables[0]
-    entry = next((child for child in parent.children() if getattr(child, "input_size", None)), None)
+    entry: Any = next((child for child in parent.children() if getattr(child, "input_size", None)), None)
     if entry is None or entry is behind:
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, entry.input_size, generator=generator).to(dtype)
-    table[0].copy_(torch.rand(table.shape[1], generator=generator) + 0.5)
+    random = torch.Generator().manual_seed(0)  # every rank's own, and the same
+    x = torch.randn(3, entry.input_size, generator=random).to(dtype)
+    table[0].copy_(torch.rand(table.shape[1], generator=random) + 0.5)
     behind.index.buffer[:3] = torch.tensor([0, -1, 0])
     try:
         expected = parent(x)

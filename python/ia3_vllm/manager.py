@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode
@@ -42,7 +42,7 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
         kinds = [configured.hf_text_config.model_type, configured.hf_config.model_type]
         self.options = Options.of(vllm_config.additional_config[KEY], kinds)
         self.places: dict[str, Place] = {}
-        self._kinds, self._dtype = kinds, configured.dtype
+        self._kinds, self._dtype, self._given = kinds, configured.dtype, vllm_config.lora_config
         self._runs_eagerly = vllm_config.compilation_config.mode == CompilationMode.NONE
         super().__init__(*arguments, vllm_config=vllm_config, **named)
         missing = [name for name, module in self.model.named_modules() if isinstance(module, PPMissingLayer)]
@@ -66,14 +66,14 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
         wanted = dict(self._targets())
         if not wanted:
             raise IA3Error(
-                f"no layer of this model has a name that ends with one of {[*self.options.outputs, *self.options.inputs]}; "
-                "start the server with what `ia3 vllm-args` prints for its adapters."
+                "no layer of this model has a name that ends with one of "
+                f"{[*self.options.outputs, *self.options.inputs]}; start the server with what `ia3 vllm-args` prints."
             )
-        self.lora_config = copy.copy(self.lora_config)
+        config = self.lora_config = copy.copy(self._given)
         if not self.options.with_lora:
-            self.lora_config.target_modules = sorted(wanted)
-        elif self.lora_config.target_modules is not None:
-            self.lora_config.target_modules = sorted({*self.lora_config.target_modules, *wanted})
+            config.target_modules = sorted(wanted)
+        elif config.target_modules is not None:
+            config.target_modules = sorted({*config.target_modules, *wanted})
         known = utils._all_lora_classes
         utils._all_lora_classes = (*layer_classes(self.options.with_lora), *known)
         try:
@@ -83,7 +83,8 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
         for module, paths in wanted.items():
             layer = self.modules.get(module)
             if not isinstance(layer, Scaled):
-                raise IA3Error(f"{module} is a {type(layer).__name__}, which cannot be scaled; leave it out of the targets.")
+                kind = type(self.model.get_submodule(module)).__name__
+                raise IA3Error(f"{module} is a {kind}, which cannot be scaled; leave it out of the targets.")
             sides = [self.options.sides(path) for path in paths]
             layer.create_tables(module, [side[0] for side in sides], [side[1] for side in sides], self.options.dtype)
             for part, (path, side) in enumerate(zip(paths, sides, strict=True)):
@@ -120,7 +121,7 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
             super()._add_adapter(lora)
 
     def activate_adapter(self, lora_id: int) -> bool:
-        is_new = super().activate_adapter(lora_id)
+        is_new: bool = super().activate_adapter(lora_id)
         adapter = self._registered_adapters[lora_id]
         if is_new and isinstance(adapter, IA3Adapter):
             slot = self.lora_index_to_id.index(lora_id)
@@ -166,8 +167,7 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         path = lora_request.lora_path
         if path.startswith(PREFIX):
-            tensors, config = self.memory.find(path), None
-            return self._adapter_manager.read(lora_request.lora_int_id, path, tensors, config)
+            return self._adapter_manager.read(lora_request.lora_int_id, path, self.memory.find(path), None)
         folder = Path(get_adapter_absolute_path(path))
         if not (folder / CONFIG_NAME).is_file():
             raise LoRAAdapterNotFoundError(lora_request.lora_name, path)
@@ -178,11 +178,14 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         # A request that was loaded in place keeps saying so with every batch: its files were read then, once.
-        super()._apply_adapters({msgspec.structs.replace(request, load_inplace=False) for request in lora_requests})
+        requests = {copy.copy(request) for request in lora_requests}
+        for request in requests:
+            request.load_inplace = False
+        super()._apply_adapters(requests)
 
 
 def _is_lora(folder: Path) -> bool:
     try:
-        return bool(msgspec.json.decode((folder / CONFIG_NAME).read_bytes()).get("peft_type") == "LORA")
-    except (msgspec.DecodeError, AttributeError):
+        return bool(json.loads((folder / CONFIG_NAME).read_bytes()).get("peft_type") == "LORA")
+    except (ValueError, AttributeError):
         return False  # for our reader to say what is wrong

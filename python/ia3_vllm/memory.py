@@ -36,7 +36,7 @@ class Memory:
         try:
             tensors = load(base64.b64decode(data, validate=True) if isinstance(data, str) else bytes(data))
         except (SafetensorError, ValueError, KeyError) as error:
-            raise IA3Error(f"the vectors given for {name!r} are no safetensors data ({error}); pass ia3_vllm's.") from None
+            raise IA3Error(f"the vectors given for {name!r} are no safetensors data: {error}.") from None
         version = self._versions.get(name, 0) + 1
         path = f"{PREFIX}{name}@{version}"
         self.check(path, tensors)
@@ -83,16 +83,14 @@ def push(llm: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
 
     Raises what the engine raised where the vectors do not fit, and changes nothing then.
     """
-    paths = llm.collective_rpc("ia3_push", args=(name, pack(tensors)))
-    request = _request(name, paths[0])
+    request = _request(name, llm.collective_rpc("ia3_push", args=(name, pack(tensors)))[0])
     llm.llm_engine.add_lora(request)
     return request
 
 
 async def async_push(engine: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
     """Hand an adapter's vectors to a running ``AsyncLLM``; as :func:`push`."""
-    paths = await engine.collective_rpc("ia3_push", args=(name, pack(tensors)))
-    request = _request(name, paths[0])
+    request = _request(name, (await engine.collective_rpc("ia3_push", args=(name, pack(tensors))))[0])
     await engine.add_lora(request)
     return request
 

@@ -33,8 +33,7 @@ class Options:
     def of(cls, given: Any, model_types: Iterable[str]) -> Options:
         """Read ``true`` or ``{"outputs": […], "inputs": […], "dtype": "float32", "lora": false}``, all optional.
 
-        model_types: of the model; the first that PEFT has defaults for settles what is scaled where nothing is named.
-        Raises :class:`IA3Error`.
+        model_types: the first that PEFT has defaults for settles what is scaled where nothing is named. Raises IA3Error.
         """
         given = {} if given is True else given
         if not isinstance(given, Mapping):
@@ -42,7 +41,7 @@ class Options:
         unknown = sorted(given.keys() - {"outputs", "inputs", "dtype", "lora"})
         if unknown:
             raise IA3Error(
-                f'--additional-config has {unknown[0]!r} under "{KEY}"; expected "outputs", "inputs", "dtype" or "lora".'
+                f'--additional-config has {unknown[0]!r} under "{KEY}"; expected outputs, inputs, dtype or lora.'
             )
         dtype, with_lora = given.get("dtype", "float32"), given.get("lora", False)
         if dtype not in DTYPES or not isinstance(with_lora, bool):

@@ -1,4 +1,4 @@
-"""Adapters by name: folders under ``VLLM_LORA_RESOLVER_CACHE_DIR`` become models of the server as they are asked for."""
+"""Adapters by name: folders in ``VLLM_LORA_RESOLVER_CACHE_DIR`` become models of the server as they are asked for."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class FolderResolver(LoRAResolver):
         return await asyncio.to_thread(self._find, lora_name)
 
     def _find(self, name: str) -> LoRARequest | None:
-        folder = (self._folder / name).resolve()
-        if self._folder not in folder.parents:  # a name from the network, with .. or a link in it
-            return None
         try:
+            folder = (self._folder / name).resolve()
+            if self._folder not in folder.parents:  # a name from the network, with .. or a link in it
+                return None
             kind = json.loads((folder / CONFIG_NAME).read_text("utf-8")).get("peft_type")
         except (OSError, ValueError, AttributeError):
             return None

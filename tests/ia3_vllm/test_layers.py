@@ -1,4 +1,4 @@
-"""Each wrapped layer against the reference, whole and in the slices of tensor-parallel ranks; and the index of slots."""
+"""Each wrapped layer against the reference, whole and in the slices of tensor-parallel ranks; the index of slots."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ def _index(rows: list[int]) -> SlotIndex:
 
 
 def _vectors(outputs: list[int], seed: int) -> tuple[list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(n, 1, generator=generator) + 0.5 for n in outputs], torch.rand(1, WIDTH, generator=generator) + 0.5
+    random = torch.Generator().manual_seed(seed)
+    right = [torch.rand(n, 1, generator=random) + 0.5 for n in outputs]
+    return right, torch.rand(1, WIDTH, generator=random) + 0.5
 
 
 def _expected(x: Tensor, weights: list[Tensor], biases: list[Tensor], rows: list[int], inputs: bool) -> list[Tensor]:
@@ -135,7 +136,8 @@ def test_all_ranks_together_are_the_reference(kind: str, size: int, rows: list[i
         y = layer(own)[0]
         widths = layer.widths
         if whole:
-            widths = (y.shape[1] - 2 * max(8 // size, 4), *[max(8 // size, 4)] * 2) if "qkv" in kind else [16 // size] * 2
+            own_kv = max(8 // size, HEAD)
+            widths = (y.shape[1] - 2 * own_kv, own_kv, own_kv) if "qkv" in kind else (16 // size, 16 // size)
         pieces.append(list(y.split(widths, -1)))
 
     for part, wanted in enumerate(expected):
@@ -154,9 +156,8 @@ def test_all_ranks_together_are_the_reference(kind: str, size: int, rows: list[i
 def test_slots_are_rows_of_their_own_and_are_reset_to_ones(as_rank: Any) -> None:
     make, names, outputs = KINDS["qkv"]
     weights = [torch.randn(n, WIDTH) for n in outputs]
-    layer = _wrapped(
-        _loaded(make, weights, [torch.zeros(n) for n in outputs]), names, _index([0, 1, -1]), [False, True, True], [False] * 3
-    )
+    plain = _loaded(make, weights, [torch.zeros(n) for n in outputs])
+    layer = _wrapped(plain, names, _index([0, 1, -1]), [False, True, True], [False] * 3)
     address = layer.output_table.data_ptr()
     k, v = torch.full((8, 1), 2.0), torch.full((8, 1), 3.0)
     layer.set_scales(1, *layer.shard([None, k, None], [None] * 3))
@@ -172,7 +173,7 @@ def test_slots_are_rows_of_their_own_and_are_reset_to_ones(as_rank: Any) -> None
 
 
 def test_fused_layers_with_inputs_of_their_own_take_a_matmul_each(as_rank: Any) -> None:
-    make, names, outputs = KINDS["merged column"]
+    make, names, _ = KINDS["merged column"]
     weights, biases = [torch.randn(16, WIDTH) for _ in range(2)], [torch.randn(16) for _ in range(2)]
     base = _loaded(make, weights, biases)
     layer = _wrapped(base, names, _index([0, -1, 1]), [False, True], [True, True])
@@ -202,7 +203,8 @@ def test_a_compiled_layer_is_one_graph_for_every_mix(dtype: torch.dtype, as_rank
         [False, True, True],
         [False] * 3,
     )
-    row = _wrapped(_loaded(KINDS["row"][0], [torch.randn(24, WIDTH)], [torch.randn(24)]), ["one"], index, [False], [True])
+    plain = _loaded(KINDS["row"][0], [torch.randn(24, WIDTH)], [torch.randn(24)])
+    row = _wrapped(plain, ["one"], index, [False], [True])
     for slot in range(SLOTS):
         (k, v), left = _vectors([8, 8], slot)
         qkv.set_scales(slot, *qkv.shard([None, k, v], [None] * 3))
