@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from ..records import Recorder
 from ..settings import Settings
-from . import accuracy, decode, host, memory, merge, merge_checkpoint, mixed, operators, protocol, train_step
+from . import accuracy, decode, host, memory, merge, merge_checkpoint, mixed, operators, protocol, serve, train_step
 
 SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "operators": operators.run,
@@ -19,4 +19,5 @@ SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "mixed": mixed.run,
     "merge": merge.run,
     "merge_checkpoint": merge_checkpoint.run,
+    "serve": serve.run,
 }

@@ -1,7 +1,7 @@
 """IA3 adapters in vLLM: a plugin that serves PEFT's folders, mixed freely in one batch.
 
 vLLM finds :func:`register` by its entry point, in each of its processes. Nothing changes until an engine is started
-with the key ``"ia3"`` in ``--additional-config``; then its adapters are IA3's, and every flag and endpoint that vLLM has
+with the key ``"ia3"`` in ``--additional-config``; then its adapters are IA3's, and every flag and endpoint vLLM has
 for LoRA serves them. docs/serving.md has the flags, the design and what does not work.
 """
 
@@ -35,14 +35,9 @@ def register() -> None:
 
     release = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2] if part.isdigit())
     if not TESTED[0] <= release < TESTED[1]:
-        first, last = (".".join(map(str, bound)) for bound in TESTED)
-        _log.warning(
-            "IA3 adapters are off: this vLLM is %s, and ia3-kernels was tested with %s up to, not including, %s; "
-            "install one of those.",
-            vllm.__version__,
-            first,
-            last,
-        )
+        bounds = [".".join(map(str, bound)) for bound in TESTED]
+        sentence = "IA3 adapters are off: this vLLM is %s, and this plugin knows those from %s on and before %s."
+        _log.warning(sentence, vllm.__version__, *bounds)
         return
     runner: Any = importlib.import_module(_RUNNER)
     theirs = runner.LRUCacheWorkerLoRAManager

@@ -23,8 +23,6 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from ia3.errors import IA3Error
 from ia3_kernels import gated_activation, scaled_activation
 
-from .index import SlotIndex
-
 Vectors = Sequence[Tensor | None]
 
 
@@ -39,8 +37,6 @@ class Scaled:
     """What IA3 adds to a layer with LoRA; mixed into vLLM's classes by :func:`layer_classes`."""
 
     with_lora = False
-    index: SlotIndex
-    input_tables: list[Tensor | None]
     output_table: Tensor | None = None
 
     # --- what vLLM calls ----------------------------------------------------------------------------------------------
@@ -52,14 +48,13 @@ class Scaled:
             super().create_lora_weights(max_loras + spare, lora_config, model_config)  # type: ignore[misc]
         else:
             self.lora_config, self._enable_aux_cuda_stream = lora_config, False
-        self.slots = max_loras
-        self.input_tables = [None] * self.n_slices
-        self.input_is_scaled = False  # by the activation before
-        self.is_split = False
+        self.slots, self.input_tables = max_loras, [None] * self.n_slices
+        self.is_split = self.input_is_scaled = False  # the second: by the activation before
 
     def set_mapping(self: Any, punica_wrapper: Any) -> None:
         super().set_mapping(punica_wrapper)  # type: ignore[misc]
         self.index = getattr(punica_wrapper, "slot_index", punica_wrapper)
+        self.register_buffer("ia3_index", self.index.buffer, persistent=False)
 
     def reset_lora(self: Any, index: int) -> None:
         if self.with_lora:
@@ -132,17 +127,22 @@ class Scaled:
                     f"the input of layers fused in {name} is to be scaled, which takes a matmul for each of them, and "
                     "the weight cannot be split: it is quantized, or packed for this CPU; scale outputs there."
                 )
-            self.input_tables = [self._ones(self.input_size, dtype) if wanted else None for wanted in inputs]
+            sizes = [self.input_size if wanted else 0 for wanted in inputs]
+            self.input_tables = [self._ones(f"inputs{i}", size, dtype) for i, size in enumerate(sizes)]
         if any(outputs):
             if base.skip_bias_add and base.bias is not None:
                 raise IA3Error(f"{name} leaves its bias to others, who do not scale it; leave it out of the targets.")
             first, last = outputs.index(True), len(outputs) - outputs[::-1].index(True)
             stops = [0, *accumulate(self.widths)]
             self.span, self.parts = (stops[first], stops[last]), slice(first, last)
-            self.output_table = self._ones(stops[last] - stops[first], dtype)
+            self.output_table = self._ones("outputs", stops[last] - stops[first], dtype)
 
-    def _ones(self: Any, size: int, dtype: torch.dtype) -> Tensor:
-        return torch.ones(self.slots + 1, size, dtype=dtype, device=self.device)
+    def _ones(self: Any, name: str, size: int, dtype: torch.dtype) -> Tensor | None:
+        if not size:
+            return None
+        table = torch.ones(self.slots + 1, size, dtype=dtype, device=self.device)
+        self.register_buffer(f"ia3_{name}", table, persistent=False)  # which vLLM keeps while it sleeps
+        return table
 
     def shard(self: Any, outputs: Vectors, inputs: Vectors) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return this rank's slices of the whole vectors of each fused layer, as :meth:`set_scales` takes them.
@@ -195,13 +195,10 @@ class ScaledActivation(nn.Module):
         return gated_activation(gate, up, behind.input_tables[0], self._activation, behind.index.rows(x))
 
 
-def activation_of(module: nn.Module) -> str | None:
+def _name_of(module: nn.Module) -> str | None:
     """Return this package's name of a gated activation of vLLM's; None for every other module."""
-    if type(module) is SiluAndMul:
-        return "silu"
-    if type(module) is GeluAndMul:
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return None
+    gelu = "gelu_tanh" if getattr(module, "approximate", None) == "tanh" else "gelu"
+    return {SiluAndMul: "silu", GeluAndMul: gelu}.get(type(module))
 
 
 def move_into_activation(parent: nn.Module, behind: Any, dtype: torch.dtype) -> bool:
@@ -209,21 +206,19 @@ def move_into_activation(parent: nn.Module, behind: Any, dtype: torch.dtype) -> 
 
     Whether the block is one whose activation feeds that layer, and nothing else, is tried on a few numbers.
     """
-    found = [(name, kind) for name, child in parent.named_children() if (kind := activation_of(child)) is not None]
-    if len(found) != 1 or behind.input_tables[0] is None:
+    found = [(name, child, kind) for name, child in parent.named_children() if (kind := _name_of(child)) is not None]
+    entry: Any = next((child for child in parent.children() if getattr(child, "input_size", None)), behind)
+    table = behind.input_tables[0]
+    if len(found) != 1 or table is None or entry is behind:
         return False
-    ((name, kind),) = found
-    theirs_, ours, table = getattr(parent, name), ScaledActivation(kind, behind), behind.input_tables[0]
-    entry: Any = next((child for child in parent.children() if getattr(child, "input_size", None)), None)
-    if entry is None or entry is behind:
-        return False
+    ((name, plain, kind),) = found
     random = torch.Generator().manual_seed(0)  # every rank's own, and the same
     x = torch.randn(3, entry.input_size, generator=random).to(dtype)
     table[0].copy_(torch.rand(table.shape[1], generator=random) + 0.5)
     behind.index.buffer[:3] = torch.tensor([0, -1, 0])
     try:
         expected = parent(x)
-        setattr(parent, name, ours)
+        setattr(parent, name, ScaledActivation(kind, behind))
         behind.input_is_scaled = True
         error = (parent(x).float() - expected.float()).abs().max()
         fits = bool(error <= 16 * torch.finfo(dtype).eps * expected.float().abs().max())
@@ -231,7 +226,7 @@ def move_into_activation(parent: nn.Module, behind: Any, dtype: torch.dtype) -> 
         fits = False
     table[0].fill_(1)
     behind.index.buffer.fill_(-1)
+    behind.input_is_scaled = fits
     if not fits:
-        setattr(parent, name, theirs_)
-        behind.input_is_scaled = False
+        setattr(parent, name, plain)
     return fits

@@ -52,15 +52,14 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
-        made: dict[int, SlotIndex] = {}
+        made: dict[Any, SlotIndex] = {}  # several parts of a model may share one
         for name, wrapper in self.punica_wrapper_mapping.items():
-            index = made.get(id(wrapper))
-            if index is None:
-                index = made[id(wrapper)] = SlotIndex(len(wrapper._token_lora_indices), self.device)
+            if wrapper not in made:
+                made[wrapper] = SlotIndex(len(wrapper._token_lora_indices), self.device)
                 if self.options.with_lora:
-                    index.join(wrapper)
+                    made[wrapper].join(wrapper)
             if not self.options.with_lora:
-                self.punica_wrapper_mapping[name] = index
+                self.punica_wrapper_mapping[name] = made[wrapper]
 
     def _create_lora_modules(self) -> None:
         wanted = dict(self._targets())

@@ -33,7 +33,8 @@ class Options:
     def of(cls, given: Any, model_types: Iterable[str]) -> Options:
         """Read ``true`` or ``{"outputs": […], "inputs": […], "dtype": "float32", "lora": false}``, all optional.
 
-        model_types: the first that PEFT has defaults for settles what is scaled where nothing is named. Raises IA3Error.
+        model_types: the first that PEFT has defaults for settles what is scaled where nothing is named.
+        Raises :class:`IA3Error`.
         """
         given = {} if given is True else given
         if not isinstance(given, Mapping):
