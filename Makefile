@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: build test lint demo bench bench-all kernels-table gpu-bundle gpu-check cuda-check cuda-table format clean
+.PHONY: build test test-vllm lint demo bench bench-all kernels-table gpu-bundle gpu-check cuda-check cuda-table format clean
 
 # The environment, then the package: built in place, against the torch that is installed.
 $(VENV)/.installed: requirements-dev.txt requirements-no-deps.txt
@@ -30,6 +30,21 @@ INTERPRETED := $(patsubst %,tests/ia3_kernels/test_%.py,triton_interpreted opera
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -k triton
+
+# vLLM pins its torch and transformers, so it gets an environment beside the other. What it brings for images and sound is
+# built for CUDA, and does not load beside a torch without; the native library is the one that lies in the checkout.
+VLLM := $(VENV)-vllm
+VLLM_INSTALL := $(VLLM)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
+$(VLLM)/.ready: requirements-vllm.txt requirements-no-deps.txt $(READY)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_INSTALL) --requirement requirements-vllm.txt
+	$(VLLM_INSTALL) --no-deps --requirement requirements-no-deps.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	IA3_SKIP_NATIVE=1 $(VLLM_INSTALL) --no-build-isolation --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM)/.ready  ## the vLLM plugin, in engines and a server
+	$(VLLM)/bin/python -m pytest tests/ia3_vllm
 
 demo: $(READY)  ## fine-tune a real language model, and compare
 	$(BIN)/python -m bench.demo --output build/demo

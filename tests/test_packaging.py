@@ -27,7 +27,11 @@ def _build(kind: str, source: Path, out: Path) -> Path:
 def test_what_is_shipped_is_whole(tmp_path: Path) -> None:
     copied = tmp_path / "source"
     kinds = {".h", ".cpp", ".cu", ".cuh", ".py", ".json", ".typed"}
-    found = (path for folder in ("csrc", "ia3_kernels", "python/ia3") for path in (ROOT / folder).rglob("*"))
+    found = (
+        path
+        for folder in ("csrc", "ia3_kernels", "python/ia3", "python/ia3_vllm")
+        for path in (ROOT / folder).rglob("*")
+    )
     shipped = [
         str(path.relative_to(ROOT))
         for path in found

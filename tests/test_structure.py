@@ -21,6 +21,7 @@ def _order(package: str) -> tuple[str, ...]:
 
 KERNELS_ORDER = _order("ia3_kernels")
 IA3_ORDER = _order("ia3")
+VLLM_ORDER = _order("ia3_vllm")
 CSRC_ORDER = _order("csrc")
 
 
@@ -51,7 +52,7 @@ def _is_within(name: str, package: str) -> bool:
 def test_ia3_kernels_knows_torch_and_nothing_above_it() -> None:
     for path in _modules("ia3_kernels"):
         for name in _imports(path):
-            for above in ("transformers", "peft", "ia3", "bench", "tests"):
+            for above in ("transformers", "peft", "ia3", "ia3_vllm", "bench", "tests"):
                 assert not _is_within(name, above), f"{path.relative_to(ROOT)} imports {name}"
 
 
@@ -68,17 +69,24 @@ def test_ia3_kernels_imports_go_one_way() -> None:
 
 
 def test_ia3_imports_go_one_way() -> None:
+    for package, order in (("ia3", IA3_ORDER), ("ia3_vllm", VLLM_ORDER)):
+        for path in _modules(f"python/{package}"):
+            parts = path.relative_to(ROOT / "python" / package).with_suffix("").parts
+            rank = order.index(parts[0])
+            for name in _imports(path):
+                first = name.split(".")[1] if name.startswith(f"{package}.") else ""
+                if first in order and first != parts[0] and parts[0] != "__init__":
+                    assert order.index(first) < rank, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_ia3_knows_no_plugin_and_no_engine() -> None:
     for path in _modules("python/ia3"):
-        parts = path.relative_to(ROOT / "python" / "ia3").with_suffix("").parts
-        rank = IA3_ORDER.index(parts[0])
         for name in _imports(path):
-            first = name.split(".")[1] if name.startswith("ia3.") else ""
-            if first in IA3_ORDER and first != parts[0]:
-                assert IA3_ORDER.index(first) < rank, f"{path.relative_to(ROOT)} imports {name}"
+            assert not any(_is_within(name, above) for above in ("ia3_vllm", "vllm")), f"{path} imports {name}"
 
 
 def test_no_modules_import_each_other() -> None:
-    for folder, package in (("ia3_kernels", "ia3_kernels"), ("python/ia3", "ia3")):
+    for folder, package in (("ia3_kernels", "ia3_kernels"), ("python/ia3", "ia3"), ("python/ia3_vllm", "ia3_vllm")):
         root = ROOT / folder
         names = {".".join((package, *path.relative_to(root).with_suffix("").parts)) for path in _modules(folder)}
         graph = {}
@@ -99,14 +107,15 @@ def test_no_modules_import_each_other() -> None:
 
 
 def test_ia3_uses_the_operators_and_no_kernel_file() -> None:
-    for path in _modules("python/ia3"):
+    for path in (*_modules("python/ia3"), *_modules("python/ia3_vllm")):
         for name in _imports(path):
             for hidden in ("ia3_kernels._C", "ia3_kernels.backends.native", "ia3_kernels.autograd", "bench", "tests"):
                 assert not _is_within(name, hidden), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_the_page_names_every_room_and_no_other() -> None:
-    for folder, order in (("ia3_kernels", KERNELS_ORDER), ("python/ia3", IA3_ORDER), ("csrc", CSRC_ORDER)):
+    python = (("ia3_kernels", KERNELS_ORDER), ("python/ia3", IA3_ORDER), ("python/ia3_vllm", VLLM_ORDER))
+    for folder, order in (*python, ("csrc", CSRC_ORDER)):
         there = {
             path.stem
             for path in (ROOT / folder).iterdir()
@@ -119,7 +128,7 @@ def test_the_page_names_every_room_and_no_other() -> None:
     sources = [
         *ROOT.glob("csrc/**/*"),
         *ROOT.glob("ia3_kernels/**/*"),
-        *ROOT.glob("python/ia3/**/*"),
+        *ROOT.glob("python/**/*"),
         *ROOT.glob("*/*"),
     ]
     for name in names:
@@ -127,7 +136,7 @@ def test_the_page_names_every_room_and_no_other() -> None:
 
 
 def test_nothing_imports_bench() -> None:
-    for folder in ("ia3_kernels", "python/ia3"):
+    for folder in ("ia3_kernels", "python/ia3", "python/ia3_vllm"):
         for path in _modules(folder):
             assert not any(_is_within(name, "bench") for name in _imports(path)), path
 

@@ -6,7 +6,20 @@ from collections.abc import Callable, Mapping
 
 from ..records import Recorder
 from ..settings import Settings
-from . import accuracy, decode, host, memory, merge, merge_checkpoint, mixed, moe, operators, protocol, train_step
+from . import (
+    accuracy,
+    decode,
+    host,
+    memory,
+    merge,
+    merge_checkpoint,
+    mixed,
+    moe,
+    operators,
+    protocol,
+    serve,
+    train_step,
+)
 
 SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "operators": operators.run,
@@ -20,4 +33,5 @@ SUITES: Mapping[str, Callable[[Settings, Recorder], None]] = {
     "moe": moe.run,
     "merge": merge.run,
     "merge_checkpoint": merge_checkpoint.run,
+    "serve": serve.run,
 }

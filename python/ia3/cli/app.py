@@ -113,6 +113,20 @@ def tune(
     command.run(model, shape or [], dtype, rows or list(command.ROWS))
 
 
+@app.command("vllm-args")
+def vllm_args(
+    adapters: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="The adapters' folders.")],
+    model: Annotated[str | None, typer.Option(help="The model, where the adapters name another or none.")] = None,
+    by_name: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Serve whatever adapters are in this folder, now or later.")
+    ] = None,
+) -> None:
+    """Print the command that serves adapters with vLLM."""
+    from . import vllm as command
+
+    command.run(adapters, model, by_name)
+
+
 @app.command()
 def merge(
     base: Annotated[Path, typer.Option(metavar="FOLDER", help="The model that the adapter was trained on.")],
