@@ -229,7 +229,7 @@ class IA3Model(peft_tuner.IA3Model):
             return self.model(*args, **kwargs)
 
     def route(self, adapter_names: Sequence[str], repeats: int = 1) -> MixedBatch:
-        """Return a block in which each sequence of a batch runs with the adapter named for it, in this thread.
+        """Return a block in which each sequence of a batch, in this thread or coroutine, runs with its own adapter.
 
         For loops over ``forward``, which would else look the names up in each call, and for CUDA graphs; see
         :class:`~ia3.serving.mixed.MixedBatch`.

@@ -60,7 +60,7 @@ class Source(Protocol):
 
 
 class MixedBatch:
-    """Within the block, each sequence of a batch runs with the adapter named for it, in this thread.
+    """Within the block, each sequence of a batch runs with the adapter named for it, in this thread or coroutine.
 
     tuner: the model's, ``model.base_model``.
     adapter_names: an adapter for each sequence, ``__base__`` for none.
