@@ -13,7 +13,7 @@ from peft.tuners.ia3 import model as peft_tuner
 from torch import nn
 
 from .errors import IA3Error
-from .interrupts import held_back
+from .interrupts import Gate, held_back
 from .matching import carriers, is_scaled
 from .merging import model as merging
 from .merging.model import MergingLayer
@@ -56,6 +56,12 @@ class IA3Model(peft_tuner.IA3Model):
 
     bank: Any = None  # an AdapterBank's, while there is one
     _sites: Sites | None = None
+
+    @property
+    def gate(self) -> Gate:
+        """Return what keeps forward passes and merging apart."""
+        own = self.__dict__
+        return own.get("_gate") or own.setdefault("_gate", Gate())  # type: ignore[no-any-return]
 
     def sites(self) -> Sites:
         """Return what mixed batches have to know of the model, looked up again when adapters come or go."""
@@ -140,16 +146,21 @@ class IA3Model(peft_tuner.IA3Model):
 
         Vectors go into the scales of quantized layers, whose codes stay as they are; the input side of a gated block's
         down projection goes into the up projection's. Raises :class:`IA3Error` where that cannot be.
+
+        Forward passes that other threads have begun through the ``PeftModel``, uncompiled, end before, and others
+        wait. That holds for everything here that changes weights.
         """
         names = None if adapter_names is None else self.check_known(adapter_names)
-        merging.merge(self.model, self.scaled_layers(), names, safe_merge, exact, requantize)
+        with self.gate.merging():
+            merging.merge(self.model, self.scaled_layers(), names, safe_merge, exact, requantize)
 
     def unmerge_adapter(self) -> None:
         """Undo :meth:`merge_adapter`, bit-exactly.
 
         Raises :class:`IA3Error`, and changes nothing, where weights were written to in between.
         """
-        merging.unmerge(self.model, self.scaled_layers())
+        with self.gate.merging():
+            merging.unmerge(self.model, self.scaled_layers())
 
     def swap_adapter(self, merged: str, adapter_name: str) -> None:
         """Let the weights hold ``adapter_name`` where they hold ``merged``, in one pass over them.
@@ -158,16 +169,17 @@ class IA3Model(peft_tuner.IA3Model):
         its place. All or nothing; raises :class:`IA3Error`.
         """
         self.check_known([merged, adapter_name])
-        merging.swap(self.model, self.scaled_layers(), merged, adapter_name)
-        if merged in self.active_adapters:
-            swapped = [adapter_name if name == merged else name for name in self.active_adapters]
-            active = list(dict.fromkeys(swapped))
-            for _, carrier in carriers(self.model):
-                if is_scaled(carrier):
-                    carrier.set_adapter(active, inference_mode=self.peft_config[adapter_name].inference_mode)
-                elif adapter_name in carrier.modules_to_save:
-                    carrier.set_adapter(adapter_name)
-            self.active_adapter = active if len(active) > 1 else active[0]
+        with self.gate.merging():
+            merging.swap(self.model, self.scaled_layers(), merged, adapter_name)
+            if merged in self.active_adapters:
+                swapped = [adapter_name if name == merged else name for name in self.active_adapters]
+                active = list(dict.fromkeys(swapped))
+                for _, carrier in carriers(self.model):
+                    if is_scaled(carrier):
+                        carrier.set_adapter(active, inference_mode=self.peft_config[adapter_name].inference_mode)
+                    elif adapter_name in carrier.modules_to_save:
+                        carrier.set_adapter(adapter_name)
+                self.active_adapter = active if len(active) > 1 else active[0]
 
     def merge_and_unload(
         self,
@@ -184,7 +196,7 @@ class IA3Model(peft_tuner.IA3Model):
         """
         names = None if adapter_names is None else self.check_known(adapter_names)
         layers = self.scaled_layers()
-        with held_back() as let_through:
+        with self.gate.merging(), held_back() as let_through:
             merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, let_through, requantize)
             model = self._unload_and_optionally_merge(merge=True, adapter_names=adapter_names)
         return model
@@ -202,8 +214,9 @@ class IA3Model(peft_tuner.IA3Model):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # All layers or none; each layer would do its own.
         layers = self.scaled_layers()
-        (merging.resume if enabled else merging.suspend)(layers)
-        super()._enable_adapter_layers(enabled)
+        with self.gate.changing():
+            (merging.resume if enabled else merging.suspend)(layers)
+            super()._enable_adapter_layers(enabled)
 
     # --- batches of several adapters
 
@@ -212,7 +225,8 @@ class IA3Model(peft_tuner.IA3Model):
         """Route ``adapter_names`` around ``generate`` of PEFT's models; PEFT has them for LoRA only."""
         names = kwargs.get("adapter_names")
         if names is None:
-            yield
+            with self.gate.reading():
+                yield
             return
         batch = MixedBatch(self, names, generation_repeats(self.model, args, kwargs))
         check_batch(names, args, kwargs)
