@@ -136,10 +136,12 @@ def read(path: Path, wanted: Mapping[str, str] | None = None) -> Measurements:
     Raises ValueError with the reason where it cannot be understood, or is not of the ``wanted`` device and versions.
     """
     try:
+        if not path.is_file():  # a FIFO would be waited for
+            raise OSError("it is no file")
         content = json.loads(path.read_text("utf-8"))
         facts, entries = content["of"], content["measurements"]
         measurements = dict(_entry(entry) for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it cannot be read ({type(error).__name__}: {error}); run ia3 tune again") from error
     for name, fact in (wanted or {}).items():
         if facts.get(name) != fact:

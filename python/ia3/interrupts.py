@@ -13,28 +13,32 @@ from .errors import IA3Error
 
 @contextlib.contextmanager
 def held_back() -> Iterator[Callable[[], None]]:
-    """Let SIGINT wait within the block; the function that it yields lets a waiting one through, and so does its end.
+    """Let signals wait within the block; the function that it yields lets a waiting one through, and so does its end.
 
     Python raises ``KeyboardInterrupt`` between any two instructions: after a weight is scaled in place, and before what
-    undoes that is noted. Threads other than the main one are never interrupted, and have nothing to hold back.
+    undoes that is noted. So do handlers of SIGTERM, where there are some. Threads other than the main one are never
+    interrupted, and have nothing to hold back.
     """
-    previous: Any = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread() or not handlers:
         yield lambda: None
         return
-    waiting: list[tuple[Any, ...]] = []
+    waiting: list[tuple[int, Any]] = []
 
     def deliver() -> None:
         if waiting:
-            arguments = waiting.pop()
+            number, frame = waiting.pop()
             waiting.clear()
-            previous(*arguments)
+            handlers[number](number, frame)
 
-    signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    for number in handlers:
+        signal.signal(number, lambda *arguments: waiting.append(arguments))
     try:
         yield deliver
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     deliver()
 
 

@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path) -> 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        with pytest.raises(ia3.IA3Error, match=r"cannot write .*out: .*; nothing was left there"):
+        with pytest.raises(ia3.IA3Error, match=r"cannot write .*out: .*; nothing was changed there"):
             write_merged(plan, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

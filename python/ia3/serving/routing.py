@@ -1,7 +1,8 @@
 """Which adapter each row of a batch takes: an index that every layer of a model reads while a batch runs.
 
-The index belongs to the context that runs the batch, a thread's or a coroutine's, so that batches of different mixes may
-run at once on one model. It is one int32 tensor, and :meth:`RowRouting.assign` writes into it: what has captured it (a CUDA graph) stays valid.
+The index belongs to the context that runs the batch, a thread's or a coroutine's, so that batches of different mixes
+may run at once on one model. It is one int32 tensor, and :meth:`RowRouting.assign` writes into it: what has captured it
+(a CUDA graph) stays valid.
 """
 
 from __future__ import annotations
