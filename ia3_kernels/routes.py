@@ -10,6 +10,7 @@ nearest. Where nobody does it is the library. Nothing is ever measured inside of
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import math
 import os
@@ -204,7 +205,7 @@ def shipped(capability: int) -> Measurements:
 def report(index: int | None) -> dict[Path, str]:
     """Say of each file of ``ia3 tune`` in the cache folder whether the GPU's matmuls go by it, or why not."""
     said = {}
-    for path in sorted(target.cache_folder().glob("*.json")):
+    for path in map(Path, sorted(glob.glob(os.path.join(glob.escape(str(target.cache_folder())), "*.json")))):
         try:
             if index is None:
                 raise ValueError("there is no GPU that torch can use")

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,7 +342,8 @@ class AdapterBank:
         if adapter.slot is not None and not adapter.users:
             self._leave(adapter)
         if adapter.file is not None:
-            adapter.file.path.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else's doing
+                adapter.file.path.unlink()
 
     def _enter(self, adapter: _Adapter, slot: int) -> None:
         adapter.slot, adapter.vectors = slot, None

@@ -23,6 +23,8 @@ from .matching import Plan, base_of, carriers, features, is_scaled, named_base_m
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+# Of 44,000 experts' vectors it has 7 MB; empty tensors without end take time, and nothing else.
+_LONGEST_HEADER = 16 << 20
 # What stands before a module's name in a file: a PeftModel's path to the base model.
 KEY_PREFIX = "base_model.model."
 # What torch.compile puts before the names in a model that it wraps.
@@ -101,6 +103,7 @@ def read_tensors(folder: Path, key_mapping: Mapping[str, str] | None = None) -> 
             )
         raise IA3Error(f"there is no {WEIGHTS_NAME} in {folder}; name the local folder of a saved adapter.")
     data = read_bytes(path, host_memory() // 2, "name the folder of a saved adapter")
+    check_header(path, data[:8], len(data))
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
@@ -118,6 +121,16 @@ def read_tensors(folder: Path, key_mapping: Mapping[str, str] | None = None) -> 
         raise IA3Error(f"{path} has two tensors for one place; save each adapter to a folder of its own.")
     check_values({name: tensor for name, tensor in tensors.items() if name.endswith(".ia3_l")}, path)
     return tensors
+
+
+def check_header(path: Path, start: bytes, size: int) -> None:
+    """Raise :class:`IA3Error` for a safetensors file of ``size`` bytes of more tensors than any model has.
+
+    start: its first eight bytes.
+    """
+    length = int.from_bytes(start, "little")
+    if _LONGEST_HEADER < length <= size:
+        raise IA3Error(f"{path} has a header of {length:,} bytes, and {_LONGEST_HEADER:,} at most; get it again.")
 
 
 def check_values(vectors: Mapping[str, Tensor], source: Path | str) -> None:

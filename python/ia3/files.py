@@ -101,7 +101,7 @@ def files_in(folder: Path) -> Iterator[Path]:
 def check_parent(path: Path) -> None:
     """Raise IA3Error if nothing can be made at `path`, because of the folders on its way."""
     parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise IA3Error(f"the output {path} cannot be made: {parent} is a file.")
     if not os.access(parent, os.W_OK):
         raise IA3Error(f"the output {path} cannot be made: {parent} may not be written to.")
@@ -113,7 +113,7 @@ def follow(path: Path) -> Path:
     A link in a folder where everybody may write (`/tmp`) counts only if it is the user's or the folder owner's: Linux's
     own rule, kept where Linux was told not to.
     """
-    if not path.is_symlink():
+    if not os.path.islink(path):
         return path
     folder, link = path.absolute().parent.stat(), path.lstat()
     if folder.st_mode & stat.S_IWOTH and link.st_uid not in (os.geteuid(), folder.st_uid):
@@ -127,9 +127,9 @@ def follow(path: Path) -> Path:
 def check_file(path: Path) -> Path:
     """Return where a file at `path` is to be written: there, or where the user's own link leads. Raises IA3Error."""
     path = follow(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise IA3Error(f"the output {path} is a folder; name a file.")
-    if not path.exists() or path.is_file():
+    if not os.path.exists(path) or os.path.isfile(path):
         check_parent(path)
     elif not os.access(path, os.W_OK):
         raise IA3Error(f"the output {path} may not be written to; name another file.")
@@ -144,7 +144,7 @@ def _beside(path: Path) -> Iterator[Path]:
     process, tells it from the folder of one at work. Raises :class:`IA3Error`.
     """
     prefix, scratch = f".{path.name}.ia3.", None
-    for left in sorted(path.parent.glob(glob.escape(prefix) + "*")):
+    for left in map(Path, sorted(glob.glob(glob.escape(str(path.parent / prefix)) + "*"))):
         # Nothing is removed on a file system without locks, where nobody can tell, and nothing of other users'.
         with suppress(OSError), open_file(left / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,8 +168,9 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _remove(scratch: Path) -> None:
-    shutil.rmtree(scratch / "content", ignore_errors=True)  # first: without its lock it would be nobody's
-    shutil.rmtree(scratch, ignore_errors=True)
+    with held_back():
+        shutil.rmtree(scratch / "content", ignore_errors=True)  # first: without its lock it would be nobody's
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -178,9 +179,12 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     Devices and FIFOs are written to. Raises :class:`IA3Error`.
     """
     target, data = check_file(Path(path)), text.encode("utf-8")
-    if target.exists() and not target.is_file():
-        with open(target, "wb", buffering=0) as device:
-            device.write(data)
+    if os.path.exists(target) and not os.path.isfile(target):
+        try:
+            with open(target, "wb", buffering=0) as device:
+                device.write(data)
+        except OSError as error:
+            raise IA3Error(f"cannot write {target}: {error.strerror}; choose another name.") from error
         return
     with _beside(target) as scratch, open(scratch / "content", "xb") as file:
         file.write(data)
@@ -198,13 +202,13 @@ def atomic_folder(path: str | os.PathLike[str], is_new: bool = False) -> Iterato
     is as it was. Raises :class:`IA3Error`.
     """
     target = Path(path)
-    if os.path.lexists(target) and not target.is_dir():
+    if os.path.lexists(target) and not os.path.isdir(target):
         raise IA3Error(f"cannot write the folder {target}: a file of that name exists; choose another name.")
     with _beside(target) as scratch:
         content = scratch / "content"
         content.mkdir()
         yield content
-        if is_new or not target.exists():
+        if is_new or not os.path.exists(target):
             os.rename(content, target)  # fails where a file, or a folder with files, came to be there meanwhile
             return
         written = sorted(content.rglob("*"))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ia3_kernels import scale_weight_
 
+from ..checkpoint import check_header
 from ..errors import IA3Error, reason_of
 from ..files import files_in, open_file, read_json, read_model_config
 
@@ -161,17 +162,22 @@ def _shards(folder: Path) -> list[Path]:
             raise IA3Error(
                 f"{path} names the file {name!r:.200}; expected a .safetensors file beside it: get it again."
             )
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise IA3Error(f"{folder} lacks {name!r:.200}, which {INDEX_NAME} names; get the whole model.")
     return [folder / name for name in names]
 
 
 def _entries(path: Path) -> Iterator[Entry]:
     try:
-        with open_file(path) as file, safe_open(path, "pt"):  # which checks all that is in the header
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, SafetensorError) as error:
+        with open_file(path) as file:
+            start = file.read(8)
+            check_header(path, start, os.fstat(file.fileno()).st_size)
+            with safe_open(path, "pt"):  # checks all that is in the header
+                length = int.from_bytes(start, "little")
+                header = json.loads(file.read(length))
+    except IA3Error:
+        raise
+    except (OSError, ValueError, MemoryError, SafetensorError) as error:
         raise IA3Error(f"{path} is damaged or cut short ({reason_of(error)}); get it again.") from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
