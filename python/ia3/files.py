@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import IA3Error, reason_of
-from .interrupts import held_back
 
 # Bytes. No configuration, index or list of requests comes near; a device or a sparse file goes beyond.
 LONGEST_TEXT = 256 << 20
@@ -168,8 +167,9 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _remove(scratch: Path) -> None:
-    with held_back():
+    try:
         shutil.rmtree(scratch / "content", ignore_errors=True)  # first: without its lock it would be nobody's
+    finally:  # after an interrupt, too
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -211,17 +211,27 @@ def atomic_folder(path: str | os.PathLike[str], is_new: bool = False) -> Iterato
         if is_new or not os.path.exists(target):
             os.rename(content, target)  # fails where a file, or a folder with files, came to be there meanwhile
             return
-        written = sorted(content.rglob("*"))
+        written, kept = sorted(content.rglob("*")), scratch / "kept"
         places = [target / one.relative_to(content) for one in written]
         for place in places:
             if place.is_symlink() and place.is_dir():
                 raise IA3Error(f"{place} is a link to another folder, which nothing is written to; take it away.")
-        with held_back():
-            for one, place in zip(written, places, strict=True):
+        kept.mkdir()
+        try:
+            for number, (one, place) in enumerate(zip(written, places, strict=True)):
                 if one.is_dir():
                     place.mkdir(exist_ok=True)
-                else:
-                    os.replace(one, place)
+                    continue
+                with suppress(FileNotFoundError):
+                    shutil.copy2(place, kept / str(number), follow_symlinks=False)
+                os.replace(one, place)
+        except BaseException:
+            for number, (one, place) in enumerate(zip(written, places, strict=True)):
+                if (kept / str(number)).exists():
+                    os.replace(kept / str(number), place)
+                elif not os.path.lexists(one):
+                    place.unlink()
+            raise
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------

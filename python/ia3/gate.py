@@ -1,45 +1,13 @@
-"""What must not come between steps that belong together: Ctrl-C, and other threads."""
+"""Keeps forward passes and what changes the weights apart, in the threads of one process."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from .errors import IA3Error
-
-
-@contextlib.contextmanager
-def held_back() -> Iterator[Callable[[], None]]:
-    """Let signals wait within the block; the function that it yields lets a waiting one through, and so does its end.
-
-    Python raises ``KeyboardInterrupt`` between any two instructions: after a weight is scaled in place, and before what
-    undoes that is noted. So do handlers of SIGTERM, where there are some. Threads other than the main one are never
-    interrupted, and have nothing to hold back.
-    """
-    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    if threading.current_thread() is not threading.main_thread() or not handlers:
-        yield lambda: None
-        return
-    waiting: list[tuple[int, Any]] = []
-
-    def deliver() -> None:
-        if waiting:
-            number, frame = waiting.pop()
-            waiting.clear()
-            handlers[number](number, frame)
-
-    for number in handlers:
-        signal.signal(number, lambda *arguments: waiting.append(arguments))
-    try:
-        yield deliver
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    deliver()
 
 
 class Gate:
