@@ -25,7 +25,7 @@ $(READY): $(VENV)/.installed $(NATIVE_INPUTS)
 build: $(READY)
 
 # Triton decides when it is imported whether it interprets its kernels, so these run once more, in their own process.
-INTERPRETED := $(patsubst %,tests/ia3_kernels/test_%.py,triton_interpreted operators gradients mlp contract)
+INTERPRETED := $(patsubst %,tests/ia3_kernels/test_%.py,triton_interpreted operators gradients mlp contract exact_gpu)
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest

@@ -97,6 +97,15 @@ def captured(fn: Callable[[], object], calls: int) -> Callable[[], object]:
     return replay
 
 
+def kernels_of(step: Callable[[], object]) -> tuple[float, int]:
+    """Seconds that a step's kernels take on the GPU, and how many there are."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        synchronize("cuda")
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.device_time_total for event in kernels) * 1e-6, len(kernels)
+
+
 def interquartile_range(values: Sequence[float]) -> float:
     """The distance between the first and the third quartile; 0 for a single value."""
     if len(values) < 2:

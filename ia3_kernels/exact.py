@@ -7,6 +7,7 @@ among the bit patterns, to one value, and the lowest bit of ``w`` tells them apa
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,15 @@ class Residual:
 
 
 @torch.no_grad()
-def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, safe: bool = False) -> Residual | None:
+def merge_(
+    weight: Tensor,
+    scale: Tensor,
+    dim: int = 0,
+    *,
+    exact: bool = False,
+    safe: bool = False,
+    done: list[Any] | None = None,
+) -> Residual | None:
     """Scale a weight in place along its outputs (``dim=0``) or inputs (``dim=1``): ``w ← round(w ∘ scale)``.
 
     Args:
@@ -54,6 +63,8 @@ def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, 
         dim: 0 or 1. A convolution's groups follow from the length of an input scale.
         exact: return what :func:`unmerge_` needs, one bit a weight and ten bytes for each one that needs more.
         safe: raise where a result would not be finite; found in one reading pass, before anything is written.
+        done: of an exact merge, gets the residual's three tensors as a tuple, in one step with the weight: who undoes
+            what an interrupt (``KeyboardInterrupt``) cut short sees there whether it happened.
 
     Returns:
         The residual, or None unless ``exact``. No temporary of the weight's size is made.
@@ -70,7 +81,7 @@ def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, 
             "scale, or merge without safe: nothing was written."
         )
     if exact:
-        return Residual(*_ops.merge_exact_(matrix, factors, along))
+        return Residual(*_call(_ops.merge_exact_, done, matrix, factors, along))
     if along == 0:
         _ops.scale_weight_(matrix, factors, 0)
     else:
@@ -80,26 +91,41 @@ def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, 
 
 
 @torch.no_grad()
-def unmerge_(weight: Tensor, scale: Tensor, dim: int = 0, residual: Residual | None = None) -> None:
+def unmerge_(
+    weight: Tensor,
+    scale: Tensor,
+    dim: int = 0,
+    residual: Residual | None = None,
+    *,
+    done: list[Any] | None = None,
+) -> None:
     """Take ``scale`` out of a weight that :func:`merge_` put it into: every bit comes back.
 
     ``weight``, ``scale`` and ``dim`` are those of the exact merge, with the same values; ``residual`` is its result.
+    ``done`` gets ``None``, as :func:`merge_`'s does.
 
     Raises:
         RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
     """
     matrix, factors, along = _matrix("unmerge_", "scale", weight, scale, dim)
-    _ops.unmerge_exact_(matrix, factors, along, *_tensors("unmerge_", weight, residual))
+    _call(_ops.unmerge_exact_, done, matrix, factors, along, *_tensors("unmerge_", weight, residual))
 
 
 @torch.no_grad()
 def swap_(
-    weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int = 0, residual: Residual | None = None
+    weight: Tensor,
+    old_scale: Tensor,
+    new_scale: Tensor,
+    dim: int = 0,
+    residual: Residual | None = None,
+    *,
+    done: list[Any] | None = None,
 ) -> Residual:
     """Go from one merged scale to another, in one pass over the weight.
 
     The result is that of :func:`unmerge_` with ``old_scale`` and an exact :func:`merge_` of ``new_scale``, bit-exactly.
-    The parity is the same for every scale, and is shared between the two residuals.
+    The parity is the same for every scale, and is shared between the two residuals. ``done`` gets the new positions and
+    bits as a tuple, as :func:`merge_`'s does.
 
     Raises:
         RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
@@ -107,13 +133,24 @@ def swap_(
     matrix, old, along = _matrix("swap_", "old_scale", weight, old_scale, dim)
     _, new, _ = _matrix("swap_", "new_scale", weight, new_scale, dim)
     parity, *rest = _tensors("swap_", weight, residual)
-    return Residual(parity, *_ops.swap_exact_(matrix, old, new, along, parity, *rest))
+    return Residual(parity, *_call(_ops.swap_exact_, done, matrix, old, new, along, parity, *rest))
 
 
 @torch.no_grad()
 def stays_finite(weight: Tensor, scale: Tensor, dim: int = 0) -> bool:
     """Return whether :func:`merge_` would give finite values only; one reading pass, its arguments, its errors."""
     return bool(_ops.stays_finite(*_matrix("stays_finite", "scale", weight, scale, dim)))
+
+
+def _call(op: Any, done: list[Any] | None, *arguments: Any) -> Any:
+    """Return what an operator returns, and append it to ``done`` before Python runs anything else.
+
+    A signal's handler runs between two instructions of Python's, most likely after the operator that it had to wait
+    for; extending a list by an iterator that calls the operator is one instruction.
+    """
+    results: list[Any] = [] if done is None else done
+    results.extend(itertools.starmap(op.default._op, [arguments]))
+    return results[-1]
 
 
 def _tensors(op: str, weight: Tensor, residual: Residual | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,6 +176,18 @@ def _matrix(op: str, name: str, weight: Tensor, scale: Tensor, dim: int) -> tupl
     torch._check(
         weight.device.type != "meta",
         lambda: f"{op}: weight is on the meta device, which holds no values; load it first.",
+    )
+    for given, tensor in (("weight", weight), (name, scale)):
+        torch._check(
+            not any(hasattr(tensor, attribute) for attribute in ("to_local", "local_shards")),
+            lambda given=given, tensor=tensor: (
+                f"{op}: {given} is a {type(tensor).__name__}, of which this process holds a shard; merge before the "
+                "model is sharded, or give the shards that are here."
+            ),
+        )
+    torch._check(
+        not (weight.is_cuda and torch.cuda.is_current_stream_capturing()),
+        lambda: f"{op}: a CUDA graph is being captured, and each replay would scale the weight again; merge before it.",
     )
     is_convolution, features = weight.dim() > 2, weight.shape[dim]
     # An input scale has the channels of all groups, a convolution's weight those of one.

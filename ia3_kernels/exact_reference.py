@@ -114,10 +114,12 @@ def _joined(escapes: _Escapes, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([nothing[0], *escapes[0]]), torch.cat([nothing[1], *escapes[1]])
 
 
-def _check_positions(op: str, weight: Tensor, positions: Tensor) -> None:
-    in_range = not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < weight.numel())
+def check_positions(op: str, weight: Tensor, positions: Tensor) -> None:
+    """Raise a sentence unless a residual's positions ascend within the weight; waits for a GPU where there are any."""
+    if not len(positions):
+        return
     torch._check(
-        in_range and bool((positions.diff() > 0).all()),
+        bool((positions.diff() > 0).all() & (positions[0] >= 0) & (positions[-1] < weight.numel())),
         lambda: f"{op}: positions are not ascending, or not below {weight.numel()}; expected the residual of a merge.",
     )
 
@@ -155,7 +157,7 @@ def merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tenso
 
 
 def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor) -> None:
-    _check_positions("unmerge_exact_", weight, positions)
+    check_positions("unmerge_exact_", weight, positions)
     scaling, blocks = _Scaling(weight, scale, dim), list(_blocks(weight))
     found = _by_block(blocks, weight, positions)
 
@@ -168,7 +170,7 @@ def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, posi
 def swap_exact_(
     weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _check_positions("swap_exact_", weight, positions)
+    check_positions("swap_exact_", weight, positions)
     old, new, blocks = _Scaling(weight, old_scale, dim), _Scaling(weight, new_scale, dim), list(_blocks(weight))
     found = _by_block(blocks, weight, positions)
     escapes: _Escapes = ([], [])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 # So many rows are padded to one tile of the tensor cores: the weight is streamed once, and all else is small.
 FEW_ROWS = 16
+# So many weights of a row are merged together or, where some cannot be undone by their parity alone, left for later.
+EXACT_UNIT = 256
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,11 @@ def weight_launch(rows: int, cols: int, element_size: int, lanes: int = 32) -> W
     """Return a launch with the loads of eight rows in flight: the pass has one tensor, read and written."""
     strip, warps = _strip(cols, element_size, lanes)
     return WeightLaunch(_power_of_two(rows, 1, 8), strip, warps)
+
+
+def exact_launch(rows: int) -> WeightLaunch:
+    """Return a launch of one warp, which has 256 weights of four rows in flight."""
+    return WeightLaunch(_power_of_two(rows, 1, 4), EXACT_UNIT, 1)
 
 
 def linear_launch(

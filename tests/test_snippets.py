@@ -14,6 +14,8 @@ import transformers
 import ia3
 import ia3_kernels
 
+from .ia3.helpers import word_tokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -47,6 +49,10 @@ def test_snippets_run_in_their_order(page: Path, tmp_path: Path, monkeypatch: py
     names |= {"x": x, "weight": torch.randn(6, 8), "bias": torch.randn(6), "gate": wide, "up": wide}
     names |= {"ia3_kernels": ia3_kernels, "scale": torch.rand(6) + 0.5, "other": torch.rand(6) + 0.5, "dim": 0}
     names |= {"w_gate": torch.randn(12, 8), "w_up": torch.randn(12, 8), "w_down": torch.randn(8, 12)}
+    if page.name == "trl.md":
+        datasets = pytest.importorskip("datasets")
+        names |= {"prompts": datasets.Dataset.from_list([{"prompt": "a b"}]), "tokenizer": word_tokenizer()}
+        names["reward"] = lambda completions, **other: [float(len(text)) for text in completions]
     for snippet in _snippets(page):
         names["base"] = base()
         for part in re.split(r"\n(?=h = |y = gated_mlp)", snippet):  # operators of several widths

@@ -7,7 +7,8 @@ parts, in this order, each of which can be asked for alone (``--part host``):
     probe      whether cuBLAS multiplies a matmul's outputs by a vector itself, and how fast
     tests      operators and models on CUDA tensors; with several workers, where pytest-xdist is installed
     host       what an eager call costs on the host
-    protocol   a whole model: training steps, decoding, merging
+    protocol   a whole model: training steps, decoding
+    merge      merging, unmerging and swapping: of one weight the share of the copy bandwidth, of a whole model the time
     operators  the operators against the formula, F.linear, and the memory's bandwidth
     sanitize   compute-sanitizer's memcheck, racecheck and initcheck over a small subset; only if it is asked for
 
@@ -41,13 +42,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "build" / "gpu-bundle"
 # Seconds that each part may take: with a build of a minute, 13 minutes for all that run by default.
-SECONDS = {"probe": 75, "tests": 210, "host": 45, "protocol": 270, "operators": 110, "sanitize": 300}
+SECONDS = {"probe": 75, "tests": 210, "host": 40, "protocol": 250, "merge": 60, "operators": 110, "sanitize": 300}
 DEFAULT = [part for part in SECONDS if part != "sanitize"]
 _BUILD_SECONDS = 300
 # What takes the time is compiling Triton kernels, which needs cores; the GPU's part is small.
 WORKERS = min(12, max(1, (os.cpu_count() or 1) * 3 // 4))
 # What has a place or a backend on a GPU; what proves GPU kernels without one has proved it elsewhere.
-TESTS = [f"tests/ia3_kernels/test_{name}.py" for name in ("cuda", "operators", "gradients", "mlp", "contract")]
+TESTS = [
+    f"tests/ia3_kernels/test_{name}.py" for name in ("cuda", "exact_gpu", "operators", "gradients", "mlp", "contract")
+]
 TESTS += ["tests/ia3/test_on_device.py", "-k", "(cuda or on_device) and not emulated and not reference"]
 DRY_TESTS = ["tests/ia3_kernels/test_cuda.py", "tests/ia3/test_on_device.py", "-k", "captured or llama"]
 # Small shapes, each kernel once: a sanitizer slows them down a hundredfold.
@@ -244,6 +247,19 @@ def protocol_table(records: list[Record]) -> list[str]:
     return _aligned(rows)
 
 
+def merge_table(records: list[Record]) -> list[str]:
+    """A row for each weight and step: ms, share of the copy bandwidth; for a model: ms, over a copy and over PEFT."""
+    rows = [["", "ms", "of copy", "/ copy", "/ PEFT"]]
+    for record in {(r.case, r.impl): r for r in records if r.median_s is not None}.values():
+        over = {
+            ratio.ratio_to: ratio.ratio for ratio in records if (ratio.case, ratio.impl) == (record.case, record.impl)
+        }
+        of_peft = next((ratio for to, ratio in over.items() if to and to.startswith("peft")), None)
+        shown = [_shown(over.get("copy bandwidth"), ".1%"), _shown(over.get("copy")), _shown(of_peft)]
+        rows.append([f"{record.case}: {record.impl}", f"{1e3 * (record.median_s or 0):.3f}", *shown])
+    return _aligned(rows)
+
+
 def operators_table(records: list[Record]) -> list[str]:
     """Shares of the copy bandwidth, and the output-side matmul over F.linear: geometric mean and worst."""
     rows = []
@@ -267,6 +283,7 @@ PARTS: dict[str, Callable[[Run, float], _Outcome]] = {
     "tests": tests,
     "host": _suite("host", host_table),
     "protocol": _suite("protocol", protocol_table),
+    "merge": _suite("merge", merge_table),
     "operators": _suite("operators", operators_table),
     "sanitize": sanitize,
 }

@@ -33,6 +33,9 @@ PROMISES = {
     "scale_pair_fwd_kernel": WIDE,
     "scale_pair_bwd_kernel": WIDE,
     "scale_weight_kernel": WIDE,
+    "exact_scale_kernel": WIDE,
+    "stays_finite_kernel": WIDE,
+    "mark_units_kernel": (),
     "hopper_linear_fwd_kernel": ("HGMMA",),
 }
 
@@ -121,9 +124,9 @@ def read_machine_code(objects: Iterable[Path], programs: dict[tuple[str, str], P
 
 
 def _is_wide(program: Program) -> bool:
-    """Whether the kernel is the one for aligned operands: its vectors, the second argument, are longer than 1."""
-    size = re.search(r"_kernel<[^,<>]+, (\d+)[,>]", program.kernel)
-    return size is None or int(size[1]) > 1
+    """Whether the kernel is the one for aligned operands: its second argument, the length of its vectors, is not 1."""
+    size = re.search(r"_kernel<[^,<>]+, (?:\(int\))?(\d+|true|false|\(bool\)[01])[,>]", program.kernel)
+    return size is None or size[1] not in ("1", "false", "(bool)0")
 
 
 def problems(programs: Iterable[Program], log: str) -> list[str]:
@@ -138,7 +141,7 @@ def problems(programs: Iterable[Program], log: str) -> list[str]:
         promised = PROMISES.get(program.family)
         if promised is None:
             found.append(f"{where} is not a kernel that tools/inspect_cuda.py knows; say there what it promises.")
-        elif _is_wide(program) and not any(program.instructions[name] for name in promised):
+        elif promised and _is_wide(program) and not any(program.instructions[name] for name in promised):
             found.append(f"{where} has no {' or '.join(promised)} instruction.")
     if "C7510" in log:
         found.append("ptxas serialized wgmma instructions (C7510); see the log.")

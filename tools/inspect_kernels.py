@@ -37,9 +37,10 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import ia3_kernels.triton
-from ia3_kernels.launches import FEW_ROWS, Architecture, activation_launch, weight_launch
-from ia3_kernels.schemas import ACTIVATIONS
-from ia3_kernels.triton import activation, linear, scale_pair, weight
+from ia3_kernels import exact_gpu
+from ia3_kernels.launches import EXACT_UNIT, FEW_ROWS, Architecture, activation_launch, weight_launch
+from ia3_kernels.schemas import ACTIVATIONS, parity_shape, pattern_dtype
+from ia3_kernels.triton import activation, exact, linear, scale_pair, weight
 
 from .pages import table_in, write_table
 
@@ -69,6 +70,8 @@ TILES = {
     "scale_pair_bwd_kernel": dict.fromkeys(("grad_first", "grad_second", "x"), ("rows", "BLOCK_M", "BLOCK_N")),
     "reduce_pair_kernel": {"partials": ("chunks", "BLOCK_M", "BLOCK_N")},
     "scale_weight_kernel": {"weight": ("rows", "BLOCK_M", "BLOCK_N")},
+    "exact_scale_kernel": {"weight": ("rows_per_group", "BLOCK_M", "BLOCK_N")},
+    "stays_finite_kernel": {"weight": ("rows_per_group", "BLOCK_M", "BLOCK_N")},
     "linear_fwd_kernel": {"x": ("rows", "BLOCK_M", "BLOCK_K"), "weight": ("outputs", "BLOCK_N", "BLOCK_K")},
     "combine_fwd_kernel": {"partials": ("rows", "BLOCK_M", "BLOCK_N")},
 }
@@ -155,6 +158,31 @@ def _weight(rows: int, cols: int, dtype: torch.dtype, dim: int, is_aligned: bool
     return Case(f"scale_weight_ {rows} x {cols}, dim {dim}", is_aligned, call)
 
 
+def _exact(rows: int, cols: int, dtype: torch.dtype, step: str, dim: int, is_aligned: bool) -> Case:
+    def call(architecture: Architecture) -> None:
+        matrix = _empty(dtype, rows, cols, is_aligned=is_aligned)
+        scale = _empty(torch.float32, *((1,) if dim else ()), (rows, cols)[dim])
+        parity = _empty(torch.uint8, *parity_shape(matrix))
+        counts = _empty(torch.int16, 4 + rows * -(-cols // EXACT_UNIT))
+        if step == "check":
+            exact.exact_scale(exact_gpu.CHECK, matrix, None, scale, dim, workspace=counts)
+            return
+        old, new = None if step == "merge" else scale, None if step == "unmerge" else scale
+        escapes = (_empty(torch.int64, 5), _empty(matrix.dtype, 5).view(pattern_dtype(dtype)))
+        if step == "collect":
+            found = (_empty(torch.int64, len(counts) - 4), *escapes)
+            exact.exact_scale(exact_gpu.COLLECT, matrix, old, new, dim, parity, *escapes, counts, *found)
+        elif step == "take back":
+            exact.exact_scale(exact_gpu.TAKE_BACK, matrix, old, new, dim, parity, None, None, counts)
+        else:
+            exact.exact_scale(
+                exact_gpu.MOVE, matrix, old, new, dim, parity, None, None, None if new is None else counts
+            )
+
+    return Case(f"exact {step} {rows} x {cols}, dim {dim}", is_aligned, call)
+
+
+STEPS = ("merge", "unmerge", "swap", "check", "collect", "take back")
 # Llama-3.2-3B and 3.1-8B, (outputs, inputs): k and v, down, q and o, gate and up.
 PROJECTIONS = ((1024, 3072), (1024, 4096), (3072, 8192), (4096, 14336))
 OTHER_PROJECTIONS = ((3072, 3072), (4096, 4096), (8192, 3072), (14336, 4096))
@@ -183,6 +211,9 @@ def cases() -> Iterator[Case]:
         yield _pair(tokens, cols, dtype, is_backward, True)
     for dtype, dim, shape in product((BF16, FP16, FP32), (0, 1), PROJECTIONS):
         yield _weight(*shape, dtype, dim, True)
+    for dtype, step, dim in product((BF16, FP16, FP32), STEPS, (0, 1)):
+        yield _exact(*PROJECTIONS[-1], dtype, step, dim, True)
+        yield _exact(1023, 3071, dtype, step, dim, False)
     for dtype, (rows, outputs, inputs) in product(
         (BF16, FP16, FP32), ((1, 1, 1), (1, 33, 301), (7, 1023, 3071), (33, 70, 129), (700, 1023, 3071), (700, 5000, 1))
     ):
@@ -213,6 +244,8 @@ def quick_cases() -> Iterator[Case]:
         yield _pair(700, 3072, BF16, is_backward, is_aligned)
     for dim, is_aligned in product((0, 1), (False, True)):
         yield _weight(3072, 8192, BF16, dim, is_aligned)
+    for dtype, step in product((BF16, FP32), STEPS):
+        yield _exact(3072, 8192, dtype, step, 1, True)
 
 
 # --- recording -----------------------------------------------------------------------------------------------------

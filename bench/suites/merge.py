@@ -1,10 +1,13 @@
-"""Merging a vector into one weight and taking it out again: ours and PEFT's own layers, against copying the weight.
+"""Merging vectors into weights and taking them out again: ours and PEFT's own layers, against copying the weights.
+
+One weight at a time, on a GPU also by what the kernels alone take; then all layers of a model.
 
 Checkpoints merged on disk are a suite of their own, `merge_checkpoint`.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,9 +17,12 @@ import peft
 import torch
 from torch import Tensor, nn
 
+import ia3
+import ia3_kernels
 from ia3_kernels import Residual, merge_, stays_finite, swap_, unmerge_
+from ia3_kernels.backends import triton
 
-from .. import measure
+from .. import llama, measure
 from ..records import Recorder
 from ..settings import DTYPES, Settings
 
@@ -39,6 +45,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
             for dim, side in enumerate(_SIDES):
                 _times(settings, recorder, dtype, (rows, columns), dim, f"{side} of {rows}x{columns}")
         _cycles(settings, recorder, dtype)
+        _model(settings, recorder, dtype)
 
 
 # --- times -------------------------------------------------------------------------------------------------------
@@ -112,17 +119,130 @@ def _times(settings: Settings, recorder: Recorder, dtype: str, shape: tuple[int,
         "peft merge": theirs.merge,
         "peft unmerge": theirs.unmerge,
     }
+    fns |= _by_triton(settings, dtype, fresh(), scales, dim)
     times = measure.interleave(fns, settings.rounds(20), warmup=3, device=settings.device)
+    _add(recorder, case, dtype, times, source.nbytes)
+    if settings.on_gpu:  # an eager call takes the host about as long as its kernels take
+        rounds = [{impl: measure.kernels_of(fn)[0] for impl, fn in fns.items()} for _ in range(5)]
+        _add(recorder, f"{case}, kernels", dtype, {impl: [r[impl] for r in rounds] for impl in fns}, source.nbytes)
+
+
+def _by_triton(
+    settings: Settings, dtype: str, weight: Tensor, scales: tuple[Tensor, ...], dim: int
+) -> dict[str, Callable[[], object]]:
+    """Exact merging by Triton's kernels, where others run by default."""
+    chosen, kind = ia3_kernels.explain("merge_exact_", settings.device, DTYPES[dtype]).backend, settings.device.type
+    if chosen == "triton" or triton.BACKEND.unavailable() or triton.BACKEND.gap("merge_exact_", kind, DTYPES[dtype]):
+        return {}
+    operators: Any = triton.BACKEND.operators
+    first, second = (scale if dim == 0 else scale[None] for scale in scales)
+    residual = operators["merge_exact_"](weight, first, dim)
+    return {
+        "ours, triton: exact": lambda: operators["merge_exact_"](weight, first, dim),
+        "ours, triton: exact unmerge": lambda: operators["unmerge_exact_"](weight, first, dim, *residual),
+        "ours, triton: swap": lambda: operators["swap_exact_"](weight, first, second, dim, *residual),
+        "ours, triton: check": lambda: operators["stays_finite"](weight, first, dim),
+    }
+
+
+def _add(recorder: Recorder, case: str, dtype: str, times: Mapping[str, Sequence[float]], weight: int) -> None:
+    """Records times, and their bytes a second against those of the copy, for a weight of so many bytes."""
     for impl, values in times.items():
         # Credited with reading and writing the weight, which the equation needs; the check only reads it.
-        nbytes = source.nbytes * (1 if "check" in impl else 2)
+        nbytes = weight * (1 if "check" in impl else 2)
         ratios = {}
         if impl != "copy":
-            copied = [2 * source.nbytes / t for t in times["copy"]]
+            copied = [2 * weight / t for t in times["copy"]]
             ratios["copy bandwidth"] = measure.paired_ratio([nbytes / t for t in values], copied)
         if impl in _BASELINES:
             ratios[_BASELINES[impl]] = measure.paired_ratio(values, times[_BASELINES[impl]])
         recorder.add(_SUITE, case, dtype, impl, times=values, ratios=ratios, nbytes=nbytes)
+
+
+# --- a model's weights ---------------------------------------------------------------------------------------------
+
+_MODEL_SECONDS = 10.0  # after which no other round begins
+
+
+def _block(settings: Settings) -> nn.Module:
+    """What PEFT's defaults scale in a layer of Llama-3.2-3B; on a CPU, of the small Llama."""
+    sizes = llama.config(settings)
+    heads = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
+    narrow = heads * sizes.num_key_value_heads
+    return nn.ModuleDict(
+        {
+            "k_proj": nn.Linear(sizes.hidden_size, narrow, bias=False),
+            "v_proj": nn.Linear(sizes.hidden_size, narrow, bias=False),
+            "down_proj": nn.Linear(sizes.intermediate_size, sizes.hidden_size, bias=False),
+        }
+    )
+
+
+def _with_vectors(library: Any, blocks: nn.Module, settings: Settings) -> Any:
+    """A model of this library with two adapters of signs: merging neither grows weights nor lets them vanish."""
+    config = library.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = library.get_peft_model(blocks, config, "first")
+    model.add_adapter("second", config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "ia3_l" in name:
+            parameter.data.copy_(torch.randint(2, parameter.shape, generator=generator) * 2.0 - 1.0)
+    return model.to(settings.device)
+
+
+def _model(settings: Settings, recorder: Recorder, dtype: str) -> None:
+    """All of a model's layers merged, swapped and unmerged, exactly and as PEFT does, against copying their weights."""
+    count = 28 if settings.on_gpu and not settings.quick else 2 if settings.quick else 4
+    with torch.device(settings.device):
+        models = {
+            name: _with_vectors(
+                library, nn.ModuleList(_block(settings).to(DTYPES[dtype]) for _ in range(count)), settings
+            )
+            for name, library in (("ours", ia3), ("peft", peft))
+        }
+    weights = [tensor for name, tensor in models["ours"].named_parameters() if name.endswith("base_layer.weight")]
+    copies = [measure.copy_function(weight.nbytes, settings.device) for weight in weights]
+
+    def swap_as_peft_does(model: Any) -> None:
+        model.unmerge_adapter()
+        model.set_adapter("second")
+        model.merge_adapter()
+
+    ours, theirs = models["ours"], models["peft"]
+    steps: dict[str, Callable[[], object]] = {
+        "copy": lambda: [copy() for copy in copies],
+        "ours, exact": lambda: ours.merge_adapter(["first"]),
+        "ours, swap": lambda: ours.swap_adapter("first", "second"),
+        "ours, exact unmerge": ours.unmerge_adapter,
+        "peft merge": theirs.merge_adapter,
+        "peft swap": partial(swap_as_peft_does, theirs),
+        "peft unmerge": theirs.unmerge_adapter,
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, that its result is inexact
+        for round_number in range(1 + settings.rounds(9)):
+            if round_number > 1 and time.perf_counter() - started > _MODEL_SECONDS:
+                break
+            theirs.set_adapter("first")
+            for name, step in steps.items():
+                seconds = measure.interleave({name: step}, 1, warmup=0, device=settings.device)[name]
+                times[name] += seconds if round_number else []
+        case = f"a model of {len(weights)} layers, {sum(weight.nbytes for weight in weights) / 1e6:.0f} MB"
+        baselines = {"ours, exact": "peft merge", "ours, swap": "peft swap", "ours, exact unmerge": "peft unmerge"}
+        recorder.add_times(
+            *(_SUITE, case, dtype, times),
+            {name: ("copy", *filter(None, [baselines.get(name)])) for name in times if name != "copy"},
+            dict.fromkeys(times, 2 * sum(weight.nbytes for weight in weights)),
+        )
+        if settings.on_gpu:
+            theirs.set_adapter("first")
+            profiled = {name: measure.kernels_of(step) for name, step in steps.items()}
+            for name, (seconds, launches) in profiled.items():
+                ratios = {"copy": seconds / profiled["copy"][0], "launches": float(launches)}
+                recorder.add(_SUITE, f"{case}, kernels", dtype, name, times=[seconds], ratios=ratios)
+    recorder.save()
 
 
 # --- what is left ------------------------------------------------------------------------------------------------

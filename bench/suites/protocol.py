@@ -1,4 +1,4 @@
-"""A whole model, as somebody with a GPU would ask about it: its training step, its decoding, its merging.
+"""A whole model, as somebody with a GPU would ask about it: its training step, its decoding.
 
 Llama-3.2-3B with random weights on a GPU, where it takes 7 GB beside what a step needs; a small Llama on a CPU. One
 process and one set of frozen weights, which all implementations share, so that only what they add differs. The step is
@@ -11,7 +11,6 @@ import contextlib
 import copy
 import gc
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers.models.llama import modeling_llama
 import ia3
 
 from .. import llama
-from ..measure import captured, copy_function, interleave, synchronize
+from ..measure import captured, interleave, kernels_of
 from ..records import Recorder
 from ..settings import DTYPES, Settings
 
@@ -42,11 +41,10 @@ _BASELINES = ("frozen_base", "peft", "frozen_base+compile", "peft+compile", "pef
 _COMPILED = ("frozen_base+compile", "peft+compile", "ours+compile")
 _CONTEXT = 128  # tokens before the one that is decoded
 _ROWS = 64  # of the largest batch that decodes
-_MERGING_SECONDS = 10.0  # after which no other round begins
 
 
 def run(settings: Settings, recorder: Recorder) -> None:
-    """Measures training steps, decoding and merging of every implementation in each dtype."""
+    """Measures training steps and decoding of every implementation in each dtype."""
     for dtype in settings.dtypes:
         config = _config(settings)
         base = _base(settings, config, dtype)
@@ -56,7 +54,6 @@ def run(settings: Settings, recorder: Recorder) -> None:
                 case = f"{llama.describe(config)}, batch {batch}x{tokens}, {layout}"
                 _train(settings, recorder, case, dtype, base, names, LAYOUTS[layout], (batch, tokens))
         _decode(settings, recorder, dtype, base, config)
-        _merge(settings, recorder, dtype, base, config)
         del base
         gc.collect()
         if compiled := [name for name in _COMPILED if name in settings.implementations]:
@@ -206,7 +203,7 @@ def _train(
     recorder.add_times(_SUITE, case, dtype, times, baselines)
     if settings.on_gpu:
         peaks = {name: _peak_bytes(step) for name, step in steps.items()}
-        profiles = {name: _kernels(step) for name, step in steps.items()}
+        profiles = {name: kernels_of(step) for name, step in steps.items()}
         for name, (seconds, launches) in profiles.items():
             ratios = {"frozen_base": seconds / profiles["frozen_base"][0], "launches": float(launches)}
             recorder.add(_SUITE, f"{case}, kernels", dtype, name, times=[seconds], ratios=ratios)
@@ -224,15 +221,6 @@ def _peak_bytes(step: Callable[[], object]) -> int:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _kernels(step: Callable[[], object]) -> tuple[float, int]:
-    """Seconds that a step's kernels take on the GPU, and how many there are."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        synchronize("cuda")
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(event.device_time_total for event in kernels) * 1e-6, len(kernels)
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------
@@ -296,48 +284,3 @@ def _decode_step(model: Any, cache: StaticCache, prompt: Tensor, adapters: Seque
             return step()
 
     return mixed
-
-
-# --- merging ------------------------------------------------------------------------------------------------------
-
-
-def _merge(settings: Settings, recorder: Recorder, dtype: str, base: LlamaForCausalLM, config: LlamaConfig) -> None:
-    """All of a model's layers merged and unmerged, exactly and as PEFT does, against copying their weights."""
-    models = {"ours, exact": _build("ours", copy.deepcopy(base), {})}
-    if llama.has("peft"):
-        models["peft"] = _build("peft", copy.deepcopy(base), {})
-    layers = [name for name, _ in models["ours, exact"].named_parameters() if name.endswith("base_layer.weight")]
-    weights = dict(models["ours, exact"].named_parameters())
-    nbytes = sum(weights[name].nbytes for name in layers)
-    copies = [copy_function(weights[name].nbytes, settings.device) for name in layers]
-    generator = torch.Generator().manual_seed(3)
-    for model in models.values():
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # signs: merging neither grows weights nor lets them vanish
-                signs = torch.randint(2, parameter.shape, generator=generator) * 2.0 - 1.0
-                parameter.data.copy_(signs.to(parameter.device))
-    times: dict[str, list[float]] = {}
-    started = time.perf_counter()
-    for done in range(settings.rounds(5)):
-        if done and time.perf_counter() - started > _MERGING_SECONDS:
-            break
-        times.setdefault("copy", []).append(_seconds(lambda: [copy() for copy in copies], settings))
-        for name, model in models.items():
-            times.setdefault(f"{name} merge", []).append(_seconds(model.merge_adapter, settings))
-            times.setdefault(f"{name} unmerge", []).append(_seconds(model.unmerge_adapter, settings))
-    case = f"{llama.describe(config)}, merging {len(layers)} layers"
-    theirs = {name: name.replace("ours, exact", "peft") for name in times if name.startswith("ours")}
-    recorder.add_times(
-        *(_SUITE, case, dtype, times),
-        {name: ("copy", *([theirs[name]] if name in theirs else [])) for name in times if name != "copy"},
-        dict.fromkeys(times, 2 * nbytes),
-    )
-    recorder.save()
-
-
-def _seconds(function: Callable[[], object], settings: Settings) -> float:
-    synchronize(settings.device)
-    start = time.perf_counter()
-    function()
-    synchronize(settings.device)
-    return time.perf_counter() - start

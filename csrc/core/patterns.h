@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "parity.h"
 #include "vec.h"
 
 namespace ia3::IA3_ISA {
@@ -279,23 +280,6 @@ struct Patterns<float> {
 
 #else  // plain C++
 
-// The pattern of x rounded to T, to nearest even or towards zero
-static inline uint32_t pattern_of(float x, BFloat16) { return round_to(x, BFloat16{}).bits; }
-static inline uint32_t pattern_of(float x, Float16) { return round_to(x, Float16{}).bits; }
-static inline uint32_t pattern_of(float x, float) { return float_to_bits(x); }
-static inline uint32_t towards_zero(float x, BFloat16) { return float_to_bits(x) >> 16; }
-static inline uint32_t towards_zero(float x, Float16) {
-  const Float16 nearest = round_to(x, Float16{});
-  return nearest.bits - uint32_t(std::fabs(to_float(nearest)) > std::fabs(x));
-}
-static inline uint32_t towards_zero(double x, float) {
-  const float nearest = float(x);
-  return float_to_bits(nearest) - uint32_t(std::fabs(double(nearest)) > std::fabs(x));
-}
-static inline float value_of(uint32_t pattern, BFloat16) { return to_float(BFloat16{uint16_t(pattern)}); }
-static inline float value_of(uint32_t pattern, Float16) { return to_float(Float16{uint16_t(pattern)}); }
-static inline float value_of(uint32_t pattern, float) { return bits_to_float(pattern); }
-
 template <typename T>
 struct Patterns {
   static constexpr int64_t kSize = 8;
@@ -344,7 +328,7 @@ struct Patterns {
     return map<Word>([&](int64_t i) { return towards_zero(Inverse(value_of(w.v[i], T{})) * r.v[i], T{}); });
   }
   static Block step(const Block& from, const Block& like) {
-    return map<Word>([&](int64_t i) { return from.v[i] + ((from.v[i] ^ like.v[i]) & 1u); });
+    return map<Word>([&](int64_t i) { return next_of_parity(from.v[i], like.v[i], 1); });
   }
   static Mask low_bits(const Block& w) {
     return mask([&](int64_t i) { return w.v[i] & 1u; });

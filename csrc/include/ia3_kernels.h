@@ -163,6 +163,43 @@ typedef struct {
 
 IA3_EXPORT ia3_status ia3_cuda_scale_weight(const ia3_scale_weight_args* args, ia3_stream stream);
 
+/* What ia3_cuda_exact_scale does: */
+typedef enum {
+  IA3_EXACT_MOVE = 0,      /* old_scale out of the weight, new_scale into it; units with escapes are only counted */
+  IA3_EXACT_COLLECT = 1,   /* the same in the units that were only counted; their escapes are written */
+  IA3_EXACT_TAKE_BACK = 2, /* old_scale out of all other units, and new_scale into them */
+  IA3_EXACT_CHECK = 3      /* nothing to the weight: looks whether it would be finite with new_scale */
+} ia3_exact_mode;
+
+/* Scaling in place such that it can be undone, as docs/exact-merging.md has it: merging (old_scale null), unmerging
+ * (new_scale null), or both in one pass. Bytes a weight of size b: 2 b + 1/8; a check reads b. A unit is 256 columns of
+ * a row, from a multiple of 256 on. A weight whose parity is not enough is an escape; a unit that holds some stays as
+ * it is, until there is memory for them, or none and the rest is taken back, by calls with the same workspace. */
+typedef struct {
+  ia3_dtype dtype;
+  ia3_exact_mode mode;
+  int64_t rows, cols;
+  void* weight; /* [rows, cols] */
+  int64_t weight_stride;
+  const float* old_scale;   /* what it holds: [rows], or [groups, cols]; or null */
+  const float* new_scale;   /* what it is to hold, likewise */
+  int scales_rows;          /* whether the scales are [rows] */
+  int64_t rows_per_group;   /* of those that share a scale of columns; else `rows` */
+  uint8_t* parity;          /* [rows, ceil(cols / 8)], lowest bits first; written where old_scale is null, else read */
+  const int64_t* positions; /* [escapes]: of the old scale's, ascending, row * cols + column */
+  const void* bits;         /* [escapes]: their patterns, of the weight's size */
+  int64_t escapes;
+  /* 8 bytes and then 2 for each unit, [rows, ceil(cols / 256)], on 8 bytes; null where nothing is put in, and there are
+   * no escapes. After a move: how many escapes there are in all, as a uint64, and in each unit, as int16. After a
+   * check, its first byte: 1 if all is finite, else 0. */
+  int16_t* workspace;
+  const int64_t* offsets; /* to collect: for each unit, how many escapes there are up to its end */
+  int64_t* new_positions; /* [all escapes of the new scale] */
+  void* new_bits;         /* likewise */
+} ia3_exact_scale_args;
+
+IA3_EXPORT ia3_status ia3_cuda_exact_scale(const ia3_exact_scale_args* args, ia3_stream stream);
+
 /* y = (x W^T + b) s on Hopper's tensor cores: bf16 and fp16, every row on 16 bytes. IA3_UNSUPPORTED elsewhere. */
 typedef struct {
   ia3_dtype dtype;

@@ -9,6 +9,7 @@
 
 #include "../include/ia3_kernels.h"
 #include "backend.h"
+#include "checks.h"
 #include "python.h"
 
 namespace py = pybind11;
@@ -34,6 +35,7 @@ struct Library {
   IA3_FUNCTION(ia3_cuda_scale_pair_backward_workspace) \
   IA3_FUNCTION(ia3_cuda_scale_pair_backward)           \
   IA3_FUNCTION(ia3_cuda_scale_weight)                  \
+  IA3_FUNCTION(ia3_cuda_exact_scale)                   \
   IA3_FUNCTION(ia3_cuda_hopper_tiles)                  \
   IA3_FUNCTION(ia3_cuda_hopper_linear)
   IA3_FUNCTIONS
@@ -258,6 +260,43 @@ void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t di
   demand("scale_weight_", library.ia3_cuda_scale_weight(&args, launch));
 }
 
+// One launch of exact merging; ia3_kernels/exact_gpu.py decides which. Absent tensors are null to the kernel.
+void exact_scale(int mode, const at::Tensor& weight, const OptionalTensor& old_scale, const OptionalTensor& new_scale,
+                 int64_t dim, const OptionalTensor& parity, const OptionalTensor& positions, const OptionalTensor& bits,
+                 const OptionalTensor& workspace, const OptionalTensor& offsets, const OptionalTensor& new_positions,
+                 const OptionalTensor& new_bits) {
+  for (const OptionalTensor& given : {OptionalTensor(weight), old_scale, new_scale, parity, positions, bits}) {
+    if (given) check_memory(*given);
+  }
+  if (weight.numel() == 0) return;
+  const Launch launch(weight);
+  const auto pointer = [](const OptionalTensor& tensor) {
+    return tensor && tensor->numel() != 0 ? tensor->data_ptr() : nullptr;
+  };
+  const auto factors_of = [](const OptionalTensor& scale) { return scale ? as_factors(*scale) : at::Tensor(); };
+  const at::Tensor old_factors = factors_of(old_scale), new_factors = factors_of(new_scale);
+  ia3_exact_scale_args args{};
+  args.dtype = c_dtype(weight);
+  args.mode = static_cast<ia3_exact_mode>(mode);
+  args.rows = weight.size(0);
+  args.cols = weight.size(1);
+  args.weight = weight.mutable_data_ptr();
+  args.weight_stride = weight.stride(0);
+  args.old_scale = old_scale ? old_factors.const_data_ptr<float>() : nullptr;
+  args.new_scale = new_scale ? new_factors.const_data_ptr<float>() : nullptr;
+  args.scales_rows = dim == 0;
+  args.rows_per_group = dim == 0 ? args.rows : args.rows / (old_scale ? *old_scale : *new_scale).size(0);
+  args.parity = static_cast<uint8_t*>(pointer(parity));
+  args.positions = static_cast<const int64_t*>(pointer(positions));
+  args.bits = pointer(bits);
+  args.escapes = positions ? positions->numel() : 0;
+  args.workspace = static_cast<int16_t*>(pointer(workspace));
+  args.offsets = static_cast<const int64_t*>(pointer(offsets));
+  args.new_positions = static_cast<int64_t*>(pointer(new_positions));
+  args.new_bits = pointer(new_bits);
+  demand("exact_scale", library.ia3_cuda_exact_scale(&args, launch));
+}
+
 // (x W^T + b) s on Hopper's tensor cores; undefined where the kernel does not take the arguments.
 at::Tensor hopper_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& output_scale, int tile) {
@@ -340,6 +379,11 @@ void bind_cuda(py::module_& module) {
   module.def("architectures", [] { return listed(library.ia3_cuda_architectures()); });
   module.def("sources", [] { return library.ia3_cuda_sources(); });
   module.def("hopper_tiles", [] { return listed(library.ia3_cuda_hopper_tiles()); });
+  module.def("exact_scale", &exact_scale, py::call_guard<py::gil_scoped_release>(), py::arg("mode"), py::arg("weight"),
+             py::arg("old_scale"), py::arg("new_scale"), py::arg("dim"), py::arg("parity") = py::none(),
+             py::arg("positions") = py::none(), py::arg("bits") = py::none(), py::arg("workspace") = py::none(),
+             py::arg("offsets") = py::none(), py::arg("new_positions") = py::none(), py::arg("new_bits") = py::none(),
+             "One launch of exact merging: ia3_cuda_exact_scale of ia3_kernels.h.");
   module.def(
       "scaled_linear",
       [](const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& input_scale,

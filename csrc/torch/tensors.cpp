@@ -77,4 +77,20 @@ ScaleRows::ScaleRows(const OptionalTensor& given, const OptionalTensor& adapter_
   view.scale = scale.const_data_ptr<float>();
 }
 
+Crowding& Crowding::here() {
+  static thread_local Crowding crowding;
+  return crowding;
+}
+
+void Crowding::learn(int64_t elements, int threads, Clock::time_point begin, Clock::time_point own,
+                     Clock::time_point end) {
+  constexpr int kPatience = 16;  // a wait costs a sixteenth of the time that it buys
+  const auto share = own - begin, wait = end - own;
+  if (wait <= share * (threads - 1)) return;
+  until_ = end + kPatience * wait;
+  // What takes one thread as long as this region took
+  small_ =
+      int64_t(double(elements) * double((end - begin).count()) / double(std::max<int64_t>(1, share.count()) * threads));
+}
+
 }  // namespace ia3

@@ -5,6 +5,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
+#include <chrono>
 #include <optional>
 
 #include "../core/arguments.h"
@@ -63,16 +64,42 @@ struct ScaleRows {
   RowScales view;
 };
 
+// Learns, for each calling thread, whether other threads pay. Where another process holds a core, a region of a tenth
+// of a millisecond ends with a wait of several for a thread that is not running. A caller that waited for longer than
+// the whole work would have taken it runs as much, and less, alone for a multiple of that wait, and then tries again.
+class Crowding {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  static Crowding& here();
+
+  bool alone(int64_t elements) const { return elements <= small_ && Clock::now() < until_; }
+  // Of a region of `elements` over `threads`: when it began, when the caller's own share was done, when all was
+  void learn(int64_t elements, int threads, Clock::time_point begin, Clock::time_point own, Clock::time_point end);
+
+ private:
+  int64_t small_ = 0;
+  Clock::time_point until_;
+};
+
 // Splits [0, total) over threads where `elements` in all make it worthwhile.
 template <typename Function>
 void parallel(int64_t total, int64_t elements, const Function& function) {
   const int64_t each = std::max<int64_t>(1, elements / std::max<int64_t>(1, total));
   const int64_t grain = std::max<int64_t>(1, kParallelGrain / each);
-  if (total <= grain) {
+  Crowding& crowding = Crowding::here();
+  if (total <= grain || crowding.alone(elements)) {
     if (total > 0) function(int64_t(0), total);
     return;
   }
-  at::parallel_for(0, total, grain, function);
+  const auto begin = Crowding::Clock::now();
+  auto own = begin;
+  at::parallel_for(0, total, grain, [&](int64_t from, int64_t to) {
+    function(from, to);
+    if (at::get_thread_num() == 0) own = Crowding::Clock::now();
+  });
+  const int threads = int(std::min<int64_t>(at::get_num_threads(), (total + grain - 1) / grain));
+  crowding.learn(elements, threads, begin, own, Crowding::Clock::now());
 }
 
 }  // namespace ia3

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .. import matmul, routes, target
+from .. import exact_gpu, matmul, routes, target
 from ..schemas import COMPILED
 from .base import Backend
 
@@ -17,12 +18,16 @@ def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[i
     return matmul.describe(device, dtype, shape, sorted(routes.available()), is_captured=False)
 
 
+def _exact_scale(*args: Any) -> None:
+    target.native_library().cuda.exact_scale(*args)  # type: ignore[union-attr]
+
+
 BACKEND = Backend(
     name="cuda",
     description="compiled CUDA kernels",
     device_types=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-    operators={},
+    operators=exact_gpu.operators(_exact_scale),
     compiled=frozenset(COMPILED),
     unavailable=target.cuda_problem,
     detail=_detail,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import matmul, target
+from .. import exact_gpu, matmul, target
 from .base import Backend
 
 
@@ -58,13 +58,14 @@ def _activations(
 def _operators() -> Mapping[str, Callable[..., object]]:
     if target.triton_problem() is not None:
         return {}
-    from ..triton import activation, scale_pair, weight
+    from ..triton import activation, exact, scale_pair, weight
 
     functions: dict[str, Callable[..., Any]] = {
         "scaled_linear": functools.partial(matmul.scaled_linear, activation.forward),
         "scale_weight_": weight.scale_weight_,
         "scale_pair": scale_pair.forward,
         "scale_pair_backward": scale_pair.backward,
+        **exact_gpu.operators(exact.exact_scale),
         **_activations(activation.forward, activation.backward),
     }
     return {op: on_its_device(function) for op, function in functions.items()}

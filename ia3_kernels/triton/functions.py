@@ -158,9 +158,9 @@ def sum_chunks(partials, first, last, cols, col, BLOCK_M: tl.constexpr, BLOCK_N:
 def round_to(x, DTYPE: tl.constexpr):
     """Round fp32 ``x`` to DTYPE, to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
-        # The interpreter truncates to bf16, so round here, in the upper half of the bits: truncating is exact then.
+        # The interpreter truncates to bf16, and its subnormals are wrong: so round the bits.
         bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(DTYPE)
+        rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (rounded >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     else:
         return x.to(DTYPE)

@@ -19,7 +19,8 @@ from ia3_kernels.target import host_memory
 
 from .errors import IA3Error, reason_of
 from .files import read_bytes
-from .matching import Plan, base_of, carriers, features, is_scaled, named_base_modules
+from .matching import Plan, carriers, named_base_modules
+from .probing import base_of, features, is_scaled
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"

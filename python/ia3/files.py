@@ -217,21 +217,31 @@ def atomic_folder(path: str | os.PathLike[str], is_new: bool = False) -> Iterato
             if place.is_symlink() and place.is_dir():
                 raise IA3Error(f"{place} is a link to another folder, which nothing is written to; take it away.")
         kept.mkdir()
+        undo: list[tuple[Path, Path]] = []
         try:
             for number, (one, place) in enumerate(zip(written, places, strict=True)):
                 if one.is_dir():
                     place.mkdir(exist_ok=True)
                     continue
-                with suppress(FileNotFoundError):
-                    shutil.copy2(place, kept / str(number), follow_symlinks=False)
+                if os.path.lexists(place):
+                    _keep(place, kept / str(number))
+                undo.append((place, kept / str(number)))
                 os.replace(one, place)
         except BaseException:
-            for number, (one, place) in enumerate(zip(written, places, strict=True)):
-                if (kept / str(number)).exists():
-                    os.replace(kept / str(number), place)
-                elif not os.path.lexists(one):
-                    place.unlink()
+            for place, was in undo:
+                if os.path.lexists(was):
+                    os.replace(was, place)
+                else:
+                    place.unlink(missing_ok=True)
             raise
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Let a file lie in a second place, too."""
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(path, copy, follow_symlinks=False)
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------

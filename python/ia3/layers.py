@@ -22,7 +22,7 @@ from ia3_kernels import scaled_activation, scaled_linear
 
 from . import patching
 from .errors import IA3Error
-from .matching import CONVOLUTIONS, is_scaled
+from .probing import CONVOLUTIONS, is_scaled
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 

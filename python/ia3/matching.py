@@ -22,71 +22,15 @@ from transformers.pytorch_utils import Conv1D
 from .config import IA3Config, fullmatch
 from .errors import IA3Error
 from .patching import execution_device
-from .probing import what_linear_computes
+from .probing import base_of, features, is_linear, is_scaled, reader_of
 
 ALL_LINEAR = "all-linear"
-CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-# Packed linear layers that do not inherit from nn.Linear; by name, because they come with optional packages.
-_LINEAR_LIKE = frozenset({"GgufLinear"})
-# Layers whose weights their parents read, and which they never call, at least not always: by the parent's class.
-# Mamba's kinds give weights to a kernel that trains on GPUs, the next layers' as well.
-_MAMBA = ("dt_proj", "x_proj", "out_proj")
-_ATTENTION_MAP = ("k_proj",)
-_READ_BY_PARENT = {
-    "MultiheadAttention": ("out_proj",),
-    "TransformerEncoderLayer": ("linear1", "linear2"),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "DetrMHAttentionMap": _ATTENTION_MAP,
-    "ConditionalDetrMHAttentionMap": _ATTENTION_MAP,
-    "MaskFormerDetrMHAttentionMap": _ATTENTION_MAP,
-    "MobileBertLMPredictionHead": ("dense", "decoder"),
-    "LongcatFlashTopkRouter": ("classifier",),
-    "MambaMixer": _MAMBA,
-    "FalconMambaMixer": _MAMBA,
-    "JambaMambaMixer": ("dt_proj",),
-    "Mamba2Mixer": ("out_proj",),
-    "BambaMixer": ("out_proj",),
-    "FalconH1Mixer": ("out_proj",),
-    "GraniteMoeHybridMambaLayer": ("out_proj",),
-    "NemotronHMamba2Mixer": ("out_proj",),
-    "Zamba2MambaMixer": ("out_proj",),
-}
-# Layers that their parents slice where the model's configuration says so.
-_SLICED_BY_PARENT = {"BloomAttention": ("dense",), "BloomMLP": ("dense_4h_to_h",)}
-
 # The heads that belong to a task; a model has one of them.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-
-
-def is_scaled(module: nn.Module | None) -> bool:
-    """Return whether ``module`` is a layer with vectors."""
-    return module is not None and "ia3_l" in module._modules
-
-
-def features(layer: Any) -> tuple[int, int] | None:
-    """Return the input and output features (channels) of a layer that vectors can scale, else ``None``.
-
-    Linear layers of any weight type, ``Conv1D``, ``Conv2d`` and ``Conv3d``. A subclass of ``nn.Linear`` that computes
-    something else (a router, which returns a tuple) is none.
-    """
-    if isinstance(layer, Conv1D):
-        return int(layer.nx), int(layer.nf)
-    if isinstance(layer, CONVOLUTIONS):
-        return layer.in_channels, layer.out_channels
-    if type(layer).__name__ in _LINEAR_LIKE or (
-        isinstance(layer, nn.Linear) and what_linear_computes(layer) != "other"
-    ):
-        return layer.in_features, layer.out_features
-    return None
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Return whether ``layer`` is one that vectors can scale, and no convolution."""
-    return features(layer) is not None and not isinstance(layer, CONVOLUTIONS)
 
 
 @dataclass(frozen=True)
@@ -155,23 +99,6 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"{name!r:.200}" for name in names)
 
 
-def base_of(module: Any) -> nn.Module:
-    """Return the layer inside of a scaled one, or the module itself."""
-    base: nn.Module = module.base_layer if is_scaled(module) else module
-    return base
-
-
-def _read_by(model: nn.Module, path: str) -> str | None:
-    """Return the class of the parent that reads the weight of the layer of this name without calling it, or None."""
-    outer, _, name = path.rpartition(".")
-    parent: Any = model.get_submodule(outer)
-    is_sliced = getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1
-    for kind in (entry.__name__ for entry in type(parent).__mro__):
-        if name in _READ_BY_PARENT.get(kind, ()) or (is_sliced and name in _SLICED_BY_PARENT.get(kind, ())):
-            return kind
-    return None
-
-
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
     """Return the last components of the linear layers' names, each once, in the model's order."""
     return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if features(module)))
@@ -213,7 +140,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Conf
     return [
         path
         for path, module in modules.items()
-        if is_linear(base_of(module)) and module is not output and _read_by(model, path) is None
+        if is_linear(base_of(module)) and module is not output and reader_of(model, path) is None
     ]
 
 
@@ -375,7 +302,7 @@ def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
                 "layers and two- and three-dimensional convolutions can be scaled: "
                 f"{_suggestion(model, modules, [target.path.rpartition('.')[2]])}."
             )
-        reader = _read_by(model, target.path)
+        reader = reader_of(model, target.path)
         if reader is not None:
             raise IA3Error(
                 f"target_modules matches {target.path!r}, whose weight the {reader} around it reads without calling "

@@ -35,13 +35,13 @@ from .config import IA3Config
 from .errors import IA3Error
 from .files import atomic_folder, source_folder
 from .layers import ScaledLayer
-from .matching import Plan, base_of, carriers, plan_adapter
+from .matching import Plan, carriers, plan_adapter
 from .merging import model as merging
-from .merging.model import MergingLayer
 from .patching import execution_device
+from .probing import base_of
 from .reporting import report
 from .swap import all_or_nothing, give_back_classes, in_place_of, install, uninstall
-from .tuner import IA3Model, check_name
+from .tuner import IA3Model, MergingLayer, check_name
 
 logger = logging.getLogger(__name__)
 
@@ -179,8 +179,11 @@ class PeftModel(peft.PeftModel):
                     model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
                     key_mapping=mapping, **kwargs,
                 )  # fmt: skip
-            result.peft_config[adapter_name] = plan.config
-            return accelerate(result)
+            accelerate(result)
+            if config is not None:  # the caller's object is the model's, as in PEFT
+                vars(config).update(vars(plan.config))
+            result.peft_config[adapter_name] = config or plan.config
+            return result
 
     def load_adapter(
         self,

@@ -1,4 +1,4 @@
-"""What a class computes, tried on numbers: names alone cannot tell a product from a sum."""
+"""What a layer is, who calls it, and what its class computes, tried on numbers where names cannot tell."""
 
 from __future__ import annotations
 
@@ -7,6 +7,80 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+# Packed linear layers that do not inherit from nn.Linear; by name, because they come with optional packages.
+_LINEAR_LIKE = frozenset({"GgufLinear"})
+# Layers whose weights their parents read, and which they never call, at least not always: by the parent's class.
+# Mamba's kinds give weights to a kernel that trains on GPUs, the next layers' as well.
+_MAMBA = ("dt_proj", "x_proj", "out_proj")
+_ATTENTION_MAP = ("k_proj",)
+_READ_BY_PARENT = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "DetrMHAttentionMap": _ATTENTION_MAP,
+    "ConditionalDetrMHAttentionMap": _ATTENTION_MAP,
+    "MaskFormerDetrMHAttentionMap": _ATTENTION_MAP,
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MambaMixer": _MAMBA,
+    "FalconMambaMixer": _MAMBA,
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+}
+# Layers that their parents slice where the model's configuration says so.
+_SLICED_BY_PARENT = {"BloomAttention": ("dense",), "BloomMLP": ("dense_4h_to_h",)}
+
+
+def is_scaled(module: nn.Module | None) -> bool:
+    """Return whether ``module`` is a layer with vectors."""
+    return module is not None and "ia3_l" in module._modules
+
+
+def features(layer: Any) -> tuple[int, int] | None:
+    """Return the input and output features (channels) of a layer that vectors can scale, else ``None``.
+
+    Linear layers of any weight type, ``Conv1D``, ``Conv2d`` and ``Conv3d``. A subclass of ``nn.Linear`` that computes
+    something else (a router, which returns a tuple) is none.
+    """
+    if isinstance(layer, Conv1D):
+        return int(layer.nx), int(layer.nf)
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.in_channels, layer.out_channels
+    if type(layer).__name__ in _LINEAR_LIKE or (
+        isinstance(layer, nn.Linear) and what_linear_computes(layer) != "other"
+    ):
+        return layer.in_features, layer.out_features
+    return None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Return whether ``layer`` is one that vectors can scale, and no convolution."""
+    return features(layer) is not None and not isinstance(layer, CONVOLUTIONS)
+
+
+def base_of(module: Any) -> nn.Module:
+    """Return the layer inside of a scaled one, or the module itself."""
+    base: nn.Module = module.base_layer if is_scaled(module) else module
+    return base
+
+
+def reader_of(model: nn.Module, path: str) -> str | None:
+    """Return the class of the parent that reads the weight of the layer of this name without calling it, or None."""
+    outer, _, name = path.rpartition(".")
+    parent: Any = model.get_submodule(outer)
+    is_sliced = getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1
+    for kind in (entry.__name__ for entry in type(parent).__mro__):
+        if name in _READ_BY_PARENT.get(kind, ()) or (is_sliced and name in _SLICED_BY_PARENT.get(kind, ())):
+            return kind
+    return None
 
 
 def numbers(*shape: int, shift: int = 0) -> Tensor:

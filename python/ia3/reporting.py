@@ -14,9 +14,9 @@ import ia3_kernels
 
 from .blocks import Row, row_of
 from .layers import ScaledLayer, acting_adapters, plain_weight, vectors_of
-from .matching import is_scaled
 from .merging.quantized import error_of
 from .mlp import obstacle, patch_of
+from .probing import is_scaled
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,11 @@ def give_back_classes(model: nn.Module) -> None:
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Put modules, parameters and ``requires_grad`` back as they were if the block raises."""
+def all_or_nothing(model: nn.Module, adapter_name: str | None = None) -> Iterator[None]:
+    """Put modules, parameters and ``requires_grad`` back as they were if the block raises.
+
+    adapter_name: of the adapter that the block adds, if it adds one.
+    """
     before = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = model.__dict__.get("peft_config")
@@ -114,6 +117,7 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         else:
             configs.clear()
             configs.update(known)
+            model.__dict__["peft_config"] = configs
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         if any(isinstance(module, ScaledLayer) for module in model.modules()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,15 +11,61 @@ import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.ia3 import layer as peft_layer
 from peft.tuners.ia3 import model as peft_tuner
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import IA3Error
-from .interrupts import Gate, held_back
-from .matching import carriers, is_scaled
+from .gate import Gate
+from .layers import ScaledLayer
+from .matching import carriers
 from .merging import model as merging
-from .merging.model import MergingLayer
+from .merging.layer import MergeState, forget, restore, unmerged
+from .probing import is_scaled
 from .serving.mixed import MixedBatch, Sites, check_batch, generation_repeats, survey
-from .swap import in_place_of, install, uninstall
+from .swap import all_or_nothing, in_place_of, install, uninstall
+
+
+class MergingLayer(ScaledLayer):
+    """A scaled layer whose weight can hold its vectors, exactly and in place, also where PEFT asks it to."""
+
+    _merge_state: MergeState | None = None
+
+    @property
+    def is_suspended(self) -> bool:
+        """Return whether what the weight held is taken out, because adapters are disabled."""
+        return self._merge_state is not None and self._merge_state.is_suspended
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Let this layer's weight hold these adapters (the active ones); as PEFT's layers do."""
+        if merging.to_merge(self, adapter_names):
+            merging.merge(self, [("layer", self)], adapter_names, safe_merge)
+
+    def unmerge(self) -> None:
+        """Take out of this layer's weight what it holds, bit-exactly."""
+        merging.unmerge(self, [("layer", self)])
+
+    def unmerge_inexactly(self) -> None:
+        """Divide the weight by vectors that PEFT merged before the layer was accelerated; warns, as PEFT does."""
+        super().unmerge()  # type: ignore[misc]
+        self.note_running()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        # At once, and not in the next forward pass as in PEFT: an up projection that holds the vector runs before.
+        if not enabled and self.merged_adapters and self._merge_state is None:
+            self.unmerge_inexactly()
+        merging.suspend([("layer", self)], not enabled)
+        super().enable_adapters(enabled)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.
+        with unmerged(self):
+            return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        is_new = any(f"{prefix}ia3_l.{name}" in state_dict for name in self.merged_adapters)
+        if is_new and f"{prefix}base_layer.weight" not in state_dict:
+            warnings.warn("adapters are merged; they are unmerged before vectors are replaced.", stacklevel=2)
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 @in_place_of(peft_layer.Linear)
@@ -195,19 +242,25 @@ class IA3Model(peft_tuner.IA3Model):
         scaled.
         """
         names = None if adapter_names is None else self.check_known(adapter_names)
-        layers = self.scaled_layers()
-        with self.gate.merging(), held_back() as let_through:
-            merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, let_through, requantize)
-            model = self._unload_and_optionally_merge(merge=True, adapter_names=adapter_names)
+        with self.gate.merging():
+            layers = self.scaled_layers()
+            before = [(layer, layer._merge_state) for _, layer in layers]
+            try:
+                merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, requantize)
+                model = self._unload_and_optionally_merge(adapter_names=adapter_names)
+            except BaseException:
+                for layer, state in reversed(before):
+                    restore(layer, state)
+                raise
+            for _, layer in layers:
+                forget(layer)
         return model
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        layers = [layer for _, layer in self.scaled_layers()]
-        uninstall(self.model)
-        # PEFT's IA3 refuses quantized models even where nothing is to be merged; its base class does the rest.
-        model: nn.Module = super(peft_tuner.IA3Model, self)._unload_and_optionally_merge(merge, *args, **kwargs)
-        for layer in layers if merge else ():
-            merging.forget(layer)
+        with all_or_nothing(self.model):
+            uninstall(self.model)
+            # PEFT's IA3 refuses quantized models even where nothing is to be merged; its base class does the rest.
+            model: nn.Module = super(peft_tuner.IA3Model, self)._unload_and_optionally_merge(merge, *args, **kwargs)
         self._sites = self.bank = None
         return model
 
@@ -215,7 +268,7 @@ class IA3Model(peft_tuner.IA3Model):
         # All layers or none; each layer would do its own.
         layers = self.scaled_layers()
         with self.gate.changing():
-            (merging.resume if enabled else merging.suspend)(layers)
+            merging.suspend(layers, not enabled)
             super()._enable_adapter_layers(enabled)
 
     # --- batches of several adapters

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ia3.cli import main
-from ia3.cli.app import ENVIRONMENT
+from ia3.cli.app import ENVIRONMENT, main
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60
 QUICK = ("--steps", "4", "--block-size", "32", "--dtype", "float32", "--device", "cpu")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import nn
 
 import ia3
@@ -29,3 +31,14 @@ def scaled_layer(
         layer.ia3_l[name] = nn.Parameter(vector.detach().to(torch.promote_types(vector.dtype, torch.float32)))
     layer.set_adapter(list(adapters))
     return layer
+
+
+def word_tokenizer() -> Any:
+    """Return a tokenizer of the words ``a`` to ``h``, for models with 64 tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + i for i, letter in enumerate("abcdefgh")}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "</s>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

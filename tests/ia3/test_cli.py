@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ia3.cli import main
-from ia3.cli.app import NOISE
+from ia3.cli.app import NOISE, main
 
 from .commands import process, sentence
 
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("command_environment")
 
 
 def test_help_needs_no_torch() -> None:
-    script = "import sys; from ia3.cli import main; main(['finetune', '--help']); assert 'torch' not in sys.modules"
+    script = "import sys; from ia3.cli.app import main; main(['finetune', '--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--target-modules" in done.stdout

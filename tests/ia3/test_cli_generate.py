@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from ia3.cli import main
+from ia3.cli.app import main
 
 from .commands import finetune, sentence
 

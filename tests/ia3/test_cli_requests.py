@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import ia3
 from ia3.cli import answers as answering
-from ia3.cli import main
+from ia3.cli.app import main
 
 from .commands import TEMPLATE, process
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ia3.cli import main
 from ia3.cli import tune as command
+from ia3.cli.app import main
 from ia3_kernels import routes, target, tune
 from ia3_kernels.launches import Architecture, linear_launch
 from ia3_kernels.routes import Measurement, Product

@@ -20,6 +20,7 @@ from ia3_kernels import formulas
 
 from . import quantizing
 from .conftest import BY_NAME, perturb
+from .helpers import word_tokenizer
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -310,43 +311,16 @@ def test_transformers_takes_a_configuration_in_add_adapter() -> None:
     assert model.active_adapters() == ["default"]
 
 
-def test_trl_takes_a_configuration(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    rows = [{"input_ids": row} for row in BY_NAME["llama"].inputs()["input_ids"].tolist()]
-    trainer = trl.SFTTrainer(
-        model=BY_NAME["llama"].build(),
-        args=trl.SFTConfig(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, bf16=False),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=_tokenizer(),
-        peft_config=ia3.IA3Config(task_type="CAUSAL_LM"),
-    )
-    trainer.train()
-    trained = [value for key, value in trainer.model.named_parameters() if "ia3_l" in key]
-    assert trained
-    assert not all(bool((vector == 1).all()) for vector in trained)
-
-
 def test_sentence_transformers_takes_a_configuration(tmp_path: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     config = transformers.BertConfig(**{**BY_NAME["bert"].sizes, "max_position_embeddings": 32})
     transformers.BertModel(config).save_pretrained(tmp_path)
-    _tokenizer().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
     model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
     model.add_adapter(ia3.IA3Config(task_type="FEATURE_EXTRACTION"))
     before = model.encode(["a b"])
     perturb(model)
     assert not (model.encode(["a b"]) == before).all()
-
-
-def _tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + i for i, letter in enumerate("abcdefgh")}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "</s>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def test_a_pipeline_works_and_logs_no_error(adapted: Any) -> None:
@@ -357,7 +331,7 @@ def test_a_pipeline_works_and_logs_no_error(adapted: Any) -> None:
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
-        pipe = transformers.pipeline("text-generation", model=model, tokenizer=_tokenizer(), device="cpu")
+        pipe = transformers.pipeline("text-generation", model=model, tokenizer=word_tokenizer(), device="cpu")
         text = pipe("a b c", max_new_tokens=3, do_sample=False)[0]["generated_text"]
     finally:
         logger.removeHandler(handler)

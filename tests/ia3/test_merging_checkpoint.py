@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ia3
-from ia3.cli import main
-from ia3.cli.app import ENVIRONMENT
+from ia3.cli.app import ENVIRONMENT, main
 from ia3.merging import shards
 from ia3.merging.checkpoint import merged_adapters, warn_if_merged
 

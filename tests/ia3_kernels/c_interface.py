@@ -96,6 +96,32 @@ class ScaleWeightArgs(ctypes.Structure):
     ]
 
 
+MOVE, COLLECT, TAKE_BACK, CHECK = range(4)  # ia3_exact_mode
+
+
+class ExactScaleArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("mode", ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64),
+        ("old_scale", ctypes.c_void_p),
+        ("new_scale", ctypes.c_void_p),
+        ("scales_rows", ctypes.c_int),
+        ("rows_per_group", ctypes.c_int64),
+        ("parity", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("bits", ctypes.c_void_p),
+        ("escapes", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("new_positions", ctypes.c_void_p),
+        ("new_bits", ctypes.c_void_p),
+    ]
+
+
 class HopperLinearArgs(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int),

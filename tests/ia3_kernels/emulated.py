@@ -36,7 +36,10 @@ from .c_interface import (
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).with_name("cuda_emulator")
 SOURCES = [
-    *(ROOT / "csrc/cuda" / f"{name}.cu" for name in ("activation", "activation_backward", "scale_pair", "weight")),
+    *(
+        ROOT / "csrc/cuda" / f"{name}.cu"
+        for name in ("activation", "activation_backward", "exact_scale", "scale_pair", "weight")
+    ),
     *(ROOT / "csrc/cuda" / f"{name}.cpp" for name in ("hopper_dispatch", "status")),
     EMULATOR / "scalars.cpp",
 ]

@@ -445,13 +445,17 @@ def _good_arguments() -> dict[str, tuple[ctypes.Structure, list[Tensor]]]:
     pair_backward.scales[:], pair_backward.grad_scales[:] = [scale.data_ptr()] * 2, [sums.data_ptr()] * 2
     pair_backward.grad_x = out.data_ptr()
     weight = c_interface.ScaleWeightArgs(0, 4, 8, out.data_ptr(), 8, None, scale.data_ptr())
-    keep = [x, out, scale, sums]
+    parity, counts = torch.zeros(4, dtype=torch.uint8), torch.zeros(8, dtype=torch.int16)
+    exact = c_interface.ExactScaleArgs(0, c_interface.MOVE, 4, 8, out.data_ptr(), 8, None, scale.data_ptr(), 0, 4)
+    exact.parity, exact.workspace = parity.data_ptr(), counts.data_ptr()
+    keep = [x, out, scale, sums, parity, counts]
     return {
         "activation": (activation, keep),
         "activation_backward": (backward, keep),
         "scale_pair": (pair, keep),
         "scale_pair_backward": (pair_backward, keep),
         "scale_weight": (weight, keep),
+        "exact_scale": (exact, keep),
     }
 
 
@@ -499,6 +503,17 @@ BAD = [
     ("scale_weight", "weight_stride", 4, "weight has rows of 8 elements, 4 apart"),
     ("scale_weight", "col_scale", None, "both null"),
     ("scale_weight", "row_scale", 64, "both given"),
+    ("exact_scale", "dtype", 3, "dtype is 3"),
+    ("exact_scale", "mode", 4, "mode is 4"),
+    ("exact_scale", "rows", -1, "-1 x 8"),
+    ("exact_scale", "weight", None, "weight is null"),
+    ("exact_scale", "weight_stride", 7, "weight has rows of 8 elements, 7 apart"),
+    ("exact_scale", "new_scale", None, "old_scale and new_scale are both null"),
+    ("exact_scale", "rows_per_group", 3, "rows_per_group is 3; expected a divisor of the 4 rows"),
+    ("exact_scale", "parity", None, "parity is null"),
+    ("exact_scale", "workspace", None, "workspace is null"),
+    ("exact_scale", "escapes", 1, "positions is null"),
+    ("exact_scale", "mode", c_interface.COLLECT, "offsets is null"),
 ]
 
 
@@ -531,7 +546,7 @@ def test_a_refused_launch_is_told(function: str) -> None:
         emulated.call(function, args)
     assert failure.value.status == c_interface.CUDA_ERROR
     emulated.call(function, args)
-    assert not bool(keep[1].isnan().all()) or function == "scale_weight"
+    assert not bool(keep[1].isnan().all()) or function in ("scale_weight", "exact_scale")
 
 
 def test_a_missing_workspace_is_told() -> None:

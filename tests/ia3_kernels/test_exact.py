@@ -479,6 +479,34 @@ def test_bad_arguments_get_a_sentence(case: int, backend: str, monkeypatch: pyte
     assert torch.equal(W, before)
 
 
+def test_a_shard_of_a_weight_is_refused() -> None:
+    """As a DTensor says of itself, without a group of processes."""
+
+    class Sharded(Tensor):
+        def to_local(self) -> Tensor:
+            raise AssertionError("nobody asked")
+
+    weight, scale = W.clone(), torch.rand(5)
+    for call in (
+        lambda: kernels.merge_(weight.as_subclass(Sharded), scale),
+        lambda: kernels.merge_(weight, scale.as_subclass(Sharded), exact=True),
+        lambda: kernels.stays_finite(weight.as_subclass(Sharded), scale),
+    ):
+        with pytest.raises(RuntimeError, match=r"is a Sharded, of which this process holds a shard; merge before"):
+            call()
+    assert torch.equal(weight, W)
+
+
+def test_a_captured_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a tensor on a GPU says; the GPU's own tests capture a real graph."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    weight = W.clone()
+    with pytest.raises(RuntimeError, match=r"merge_: a CUDA graph is being captured, .*; merge before it"):
+        kernels.merge_(weight, torch.rand(5))
+    assert torch.equal(weight, W)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(

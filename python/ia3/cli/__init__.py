@@ -1,5 +1,1 @@
-"""The command line. The entry point `ia3` calls `main`; the steps behind its commands are modules of their own."""
-
-from .app import main
-
-__all__ = ["main"]
+"""The command line: `app.py` declares the commands, and the steps behind them are modules of their own."""

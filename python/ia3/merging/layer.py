@@ -6,8 +6,8 @@ Each function here changes a layer wholly or, after an exception, not at all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,22 +37,28 @@ class MergedParameter:
 
 @dataclass
 class MergeState:
-    """What a merged layer holds: the adapters' names, the product of their vectors, and how to undo it.
+    """What a merged layer holds.
 
-    The product is kept because vectors change, and a weight must be divided by what it was multiplied with. Of a
-    quantized layer, ``placement`` says which scales hold it, and there are no ``parameters``.
+    names, scale: the adapters, and the product of their vectors ``[n]``; kept, because vectors change, and a weight
+        must be divided by what it was multiplied with.
+    shared: the names of parameters that others use too; scaled copies stand in for them.
+    placement: of a quantized layer, where its vectors go; it has no ``parameters``.
+    is_suspended: it is taken out of the weights, for as long as adapters are disabled.
+    parameters: how to undo it.
     """
 
     names: list[str]
     scale: Tensor
-    parameters: dict[str, MergedParameter]
-    is_exact: bool = True
+    shared: Collection[str] = ()
     placement: Placement | None = None
+    is_exact: bool = True
+    is_suspended: bool = False
+    parameters: dict[str, MergedParameter] = field(default_factory=dict)
 
-    @property
-    def shared(self) -> set[str]:
-        """Return the names of parameters that others use as well."""
-        return {name for name, state in self.parameters.items() if state.original is not None}
+    def anew(self, is_suspended: bool | None = None) -> MergeState:
+        """Return the same, for :func:`put` to bring about."""
+        is_suspended = self.is_suspended if is_suspended is None else is_suspended
+        return replace(self, is_suspended=is_suspended, parameters={})
 
 
 def scaled_parameters(layer: Any) -> Iterator[tuple[str, int]]:
@@ -74,7 +80,7 @@ def _written(parameter: Tensor) -> tuple[int, int | None]:
 def check_unwritten(path: str, layer: Any) -> None:
     """Raise :class:`IA3Error` where a merged layer cannot be unmerged any more."""
     state: MergeState | None = layer._merge_state
-    if state is None or layer._is_suspended:
+    if state is None or state.is_suspended:
         return
     if state.placement is not None:
         quantized.check_unwritten(state.placement, state.names)
@@ -102,8 +108,9 @@ def _move(
     old: Tensor | None,
     new: Tensor | None,
     is_shared: bool,
+    done: list[Any],
 ) -> MergedParameter | None:
-    """Let a parameter go from one scale to another; ``None`` is no scale."""
+    """Let a parameter go from one scale to another; ``None`` is no scale. ``done`` is as in ``ia3_kernels.merge_``."""
     parameter: Any = base._parameters[name]
     if is_shared:
         original = parameter if now is None or now.original is None else now.original
@@ -116,109 +123,105 @@ def _move(
         return MergedParameter(None, original, _written(copy))
     weight, residual = as_stored(base, parameter), None
     if now is None or old is None:
-        residual = None if new is None else merge_(weight, new, dim, exact=True)
+        residual = None if new is None else merge_(weight, new, dim, exact=True, done=done)
     elif now.residual is not None:
         if new is None:
-            unmerge_(weight, old, dim, now.residual)
+            unmerge_(weight, old, dim, now.residual, done=done)
         else:
-            residual = swap_(weight, old, new, dim, now.residual)
+            residual = swap_(weight, old, new, dim, now.residual, done=done)
     return None if residual is None else MergedParameter(residual, None, _written(parameter))
 
 
-def put(
-    layer: Any, names: Sequence[str], scale: Tensor | None, shared: Collection[str], placement: Placement | None = None
+def _move_back(
+    base: nn.Module,
+    name: str,
+    dim: int,
+    now: MergedParameter | None,
+    old: Tensor | None,
+    new: Tensor | None,
+    done: list[Any],
 ) -> None:
-    """Let the layer's parameters hold ``scale [n]`` instead of whatever they hold; ``None``: nothing.
+    """Undo :func:`_move` of a parameter that nobody shares, if ``done`` says that it happened."""
+    if not done:
+        return
+    moved = None
+    if new is not None:
+        parity = () if now is None or now.residual is None else (now.residual.parity,)
+        moved = MergedParameter(Residual(*parity, *done[0]), None, (0, None))
+    restored = _move(base, name, dim, moved, new, old, False, [])
+    if now is not None and restored is not None:
+        now.residual, now.written = restored.residual, restored.written
 
-    shared: the names of parameters that others use too: scaled copies stand in for them.
-    placement: of a quantized layer, where its vectors go.
 
-    Where the layer holds something, what was shared before counts, and its placement.
+def put(layer: Any, after: MergeState | None) -> None:
+    """Let the layer's parameters hold what ``after`` says, which learns how to undo it; ``None``: nothing.
+
+    After an exception, an interrupt at any point included, the layer is as it was.
     """
     base, before = layer.base_layer, layer._merge_state
-    placement = placement if before is None else before.placement
-    if placement is not None:
-        quantized.move(placement, scale)
-        layer._merge_state = None if scale is None else MergeState(list(names), scale, {}, placement=placement)
-        _note(layer, names)
-        return
-    old = None if before is None else before.scale
-    shared = shared if before is None else before.shared
-    done: dict[str, MergedParameter | None] = {}
-    steps = list(scaled_parameters(layer))
-    try:
-        for name, dim in steps:
-            now = None if before is None else before.parameters[name]
-            done[name] = _move(base, name, dim, now, old, scale, name in shared)
-    except BaseException:
-        for name, dim in steps:
-            if name in done:
-                restored = _move(base, name, dim, done[name], scale, old, name in shared)
-                if before is not None and restored is not None:
-                    before.parameters[name] = restored
-        raise
-    found = {name: parameter for name, parameter in done.items() if parameter is not None}
-    layer._merge_state = None if scale is None else MergeState(list(names), scale, found)
-    _note(layer, names)
-
-
-def restore(layer: Any, state: MergeState | None, shared: Collection[str]) -> None:
-    """Let the layer hold what it held before."""
+    old, new = (None if state is None or state.is_suspended else state.scale for state in (before, after))
+    state = before or after
     if state is None:
-        put(layer, [], None, shared)
-    else:
-        put(layer, state.names, state.scale, state.shared, state.placement)
-
-
-def suspend_layer(layer: Any) -> None:
-    """Take out what the layer holds, for :func:`resume_layer` to put back."""
-    state = layer._merge_state
-    put(layer, state.names, None, ())
-    layer._merge_state, layer._is_suspended = state, True
-
-
-def resume_layer(layer: Any) -> None:
-    """Put back what :func:`suspend_layer` took out."""
-    state = layer._merge_state
-    layer._merge_state = None
+        return
+    parameters, steps = dict(base._parameters), list(scaled_parameters(layer))
+    then = {} if before is None else before.parameters
+    done: dict[str, list[Any]] = {name: [] for name, _ in steps}
     try:
-        put(layer, state.names, state.scale, state.shared, state.placement)
+        if state.placement is not None:
+            quantized.move(state.placement, new)
+        else:
+            for name, dim in steps:
+                moved = _move(base, name, dim, then.get(name), old, new, name in state.shared, done[name])
+                if after is not None and moved is not None:
+                    after.parameters[name] = moved
+        _note(layer, after)
     except BaseException:
-        layer._merge_state = state
+        if state.placement is not None:
+            quantized.move(state.placement, old)
+        else:
+            for name, dim in steps:
+                if name in state.shared:
+                    base._parameters[name] = parameters[name]
+                else:
+                    _move_back(base, name, dim, then.get(name), old, new, done[name])
+        _note(layer, before)
         raise
-    layer._is_suspended = False
+
+
+def restore(layer: Any, before: MergeState | None) -> None:
+    """Let the layer hold what it held when its state was ``before``."""
+    if layer._merge_state is not before:
+        put(layer, None if before is None else before.anew())
 
 
 @contextlib.contextmanager
 @torch.no_grad()
 def unmerged(layer: Any) -> Iterator[None]:
     """Take out what the layer's parameters hold for the block, and put it back where they are then."""
-    state = layer._merge_state
-    if state is None or not state.is_exact:
+    before = layer._merge_state
+    if before is None or not before.is_exact:
         yield
         return
-    was_suspended = layer._is_suspended
-    if not was_suspended:
-        suspend_layer(layer)
+    put(layer, before.anew(is_suspended=True))
     try:
         yield
     finally:
         weight = layer.base_layer._parameters["weight"]
-        state.scale = state.scale.to(weight.device)
         if weight.is_meta:  # there is nothing to hold it any more
             forget(layer)
-        elif not was_suspended:
-            resume_layer(layer)
+        else:
+            put(layer, replace(before.anew(), scale=before.scale.to(weight.device)))
 
 
 def forget(layer: Any) -> None:
     """Leave the parameters as they are, as the layer's own for good."""
-    if layer._merge_state is not None and layer._merge_state.placement is not None and not layer._is_suspended:
-        quantized.forget(layer._merge_state.placement)
-    layer._merge_state, layer._is_suspended = None, False
-    _note(layer, [])
+    state: MergeState | None = layer._merge_state
+    if state is not None and state.placement is not None and not state.is_suspended:
+        quantized.forget(state.placement)
+    _note(layer, None)
 
 
-def _note(layer: Any, names: Sequence[str]) -> None:
-    layer.merged_adapters = list(names)
+def _note(layer: Any, state: MergeState | None) -> None:
+    layer._merge_state = state
+    layer.merged_adapters = [] if state is None else list(state.names)
     layer.note_running()

@@ -7,10 +7,11 @@ afterwards. One layer's part is in :mod:`~ia3.merging.layer`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,25 +23,19 @@ from transformers.pytorch_utils import Conv1D
 from ia3_kernels import stays_finite
 
 from ..errors import IA3Error
-from ..interrupts import held_back
 from ..layers import ScaledLayer, vectors_of
-from ..matching import CONVOLUTIONS
 from ..mlp import up_projections
 from ..patching import runs_class_forward
-from ..probing import what_linear_computes
+from ..probing import CONVOLUTIONS, what_linear_computes
 from . import quantized
 from .formats import format_of
 from .layer import (
     MergeState,
     as_stored,
     check_unwritten,
-    forget,
     put,
     restore,
-    resume_layer,
     scaled_parameters,
-    suspend_layer,
-    unmerged,
 )
 from .quantized import Placement
 
@@ -105,7 +100,7 @@ def _runs_methods_of(kind: Any, subclass: Any) -> bool:
     )
 
 
-def _to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
+def to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
     """Return the adapters of ``layer`` that the names mean (the active ones) and that its weight does not hold yet."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [name for name in names if name in layer.ia3_l and name not in layer.merged_adapters]
@@ -132,9 +127,12 @@ def _check_finite(path: str, layer: Any, names: Sequence[str], scale: Tensor) ->
     for name, dim in scaled_parameters(layer):
         weight = as_stored(base, base._parameters[name])
         if not stays_finite(weight, scale, dim):
+            # PEFT's words first: scripts look for them.
+            part = "weights" if name == "weight" else name
             raise IA3Error(
-                f"merging {', '.join(names)} into {path!r} would give a {name} that is not finite; the adapter is "
-                f"broken, or too large for {str(weight.dtype).removeprefix('torch.')}: nothing was merged."
+                f"NaNs detected in the merged {part}. The adapter {', '.join(names)} seems to be broken, or too large "
+                f"for {str(weight.dtype).removeprefix('torch.')}: merged into {path!r} it would give a {name} that is "
+                "not finite; nothing was merged."
             )
 
 
@@ -150,7 +148,7 @@ def _uses(model: nn.Module) -> Counter[tuple[Any, int]]:
     uses = Counter(_address(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for module in model.modules():
         now: MergeState | None = getattr(module, "_merge_state", None) if isinstance(module, ScaledLayer) else None
-        if now is not None and not module._is_suspended:
+        if now is not None and not now.is_suspended:
             uses.update(_address(p.original) for p in now.parameters.values() if p.original is not None)
     return uses
 
@@ -161,50 +159,51 @@ def _shared(layer: Any, uses: Counter[tuple[Any, int]]) -> set[str]:
     return {name for name, _ in scaled_parameters(layer) if uses[_address(parameters[name])] > 1}
 
 
+@contextlib.contextmanager
 @torch.no_grad()
+def _all_or_none() -> Iterator[Callable[[Any, MergeState | None], None]]:
+    """Yield a function that brings a layer into a state; if the block raises, every layer gets its own back."""
+    done: list[tuple[Any, MergeState | None]] = []
+
+    def change(layer: Any, after: MergeState | None) -> None:
+        done.append((layer, layer._merge_state))
+        put(layer, after)
+
+    try:
+        yield change
+    except BaseException:
+        for layer, before in reversed(done):
+            restore(layer, before)
+        raise
+
+
 def _apply(
     model: nn.Module,
     changes: Sequence[_Change],
     safe: bool = False,
     progressbar: bool = False,
-    let_through: Callable[[], None] = lambda: None,
     placements: Mapping[str, Placement] = MappingProxyType({}),
 ) -> None:
     """Change all of these layers, or after an exception (an interrupt, too) none."""
     uses = _uses(model)
-    done: list[tuple[Any, MergeState | None, set[str]]] = []
-    with held_back() as interrupt:
-        try:
-            for path, layer, names, scale in changes:
-                if path in placements:
-                    quantized.check_unshared(placements[path], uses, _address)
-                elif safe and scale is not None and layer._merge_state is None:
-                    _check_finite(path, layer, names, scale)
-            for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
-                interrupt()
-                let_through()
-                before, placement = layer._merge_state, placements.get(path)
-                if placement is not None:
-                    put(layer, names, scale, (), placement)
-                    done.append((layer, before, set()))
-                    if safe and scale is not None:
-                        quantized.check_finite(placement, names)
-                    continue
-                shared = _shared(layer, uses) if before is None else before.shared
-                if safe and scale is not None and before is not None:
-                    # Its weights hold other vectors, and without them only can one tell.
-                    put(layer, [], None, shared)
-                    done.append((layer, before, shared))
-                    _check_finite(path, layer, names, scale)
-                    before = None
-                put(layer, names, scale, shared)
-                done.append((layer, before, shared))
-            interrupt()
-            let_through()
-        except BaseException:
-            for layer, before, shared in reversed(done):
-                restore(layer, before, shared)
-            raise
+    with _all_or_none() as change:
+        for path, layer, names, scale in changes:
+            if path in placements:
+                quantized.check_unshared(placements[path], uses, _address)
+            elif safe and scale is not None and layer._merge_state is None:
+                _check_finite(path, layer, names, scale)
+        for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
+            before: MergeState | None = layer._merge_state
+            if before is None:
+                before = MergeState([], torch.empty(0), _shared(layer, uses), placements.get(path))
+            after = None if scale is None else MergeState(names, scale, before.shared, before.placement)
+            if safe and after is not None and after.placement is None and layer._merge_state is not None:
+                # Its weights hold other vectors, and without them only can one tell.
+                change(layer, None)
+                _check_finite(path, layer, names, after.scale)
+            change(layer, after)
+            if safe and after is not None and after.placement is not None:
+                quantized.check_finite(after.placement, names)
 
 
 def merge(
@@ -246,17 +245,13 @@ def merge_for_good(
     adapter_names: Sequence[str] | None = None,
     safe: bool = False,
     progressbar: bool = False,
-    let_through: Callable[[], None] = lambda: None,
     requantize: bool = False,
 ) -> None:
-    """Let the base layers hold the vectors, for the wrappers to be taken away; as :func:`merge`.
-
-    let_through: lets an interrupt through that the caller holds back.
-    """
-    _check_enabled((path, layer) for path, layer in layers if layer._is_suspended)
+    """Let the base layers hold the vectors, for the wrappers to be taken away; as :func:`merge`."""
+    _check_enabled((path, layer) for path, layer in layers if layer.is_suspended)
     changes = _changes(layers, adapter_names)
     placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
-    _apply(model, changes, safe, progressbar, let_through, placements)
+    _apply(model, changes, safe, progressbar, placements)
     _warn_of_errors(placements)
 
 
@@ -264,7 +259,7 @@ def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) 
     """Return the layers that are to hold more than they do; raises :class:`IA3Error` where PEFT has merged."""
     changes = []
     for path, layer in layers:
-        names = _to_merge(layer, adapter_names)
+        names = to_merge(layer, adapter_names)
         if not names:
             continue
         if layer.merged_adapters and layer._merge_state is None:
@@ -274,12 +269,6 @@ def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) 
             )
         changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
     return changes
-
-
-def _placements_of(changes: Iterable[_Change]) -> dict[str, Placement]:
-    """Return where the vectors of quantized layers are now."""
-    found = ((path, layer._merge_state) for path, layer, _, _ in changes)
-    return {path: now.placement for path, now in found if now is not None and now.placement is not None}
 
 
 def _warn_of_errors(placements: Mapping[str, Placement]) -> None:
@@ -312,10 +301,7 @@ def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
     merged = [(path, layer) for path, layer in found if layer._merge_state is not None]
     for path, layer in merged:
         check_unwritten(path, layer)
-    changes = [_change(path, layer, []) for path, layer in merged if not layer._is_suspended]
-    _apply(model, changes, placements=_placements_of(changes))
-    for _, layer in merged:
-        forget(layer)
+    _apply(model, [_change(path, layer, []) for path, layer in merged])
     for _, layer in found:
         if layer.merged:
             layer.unmerge_inexactly()
@@ -341,74 +327,12 @@ def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> 
     _warn_of_errors(placements)
 
 
-def suspend(layers: Iterable[NamedLayer]) -> None:
-    """Take out of the weights what they hold, for as long as adapters are disabled. All or nothing."""
-    merged = [(path, layer) for path, layer in layers if layer._merge_state is not None and not layer._is_suspended]
+def suspend(layers: Iterable[NamedLayer], is_suspended: bool = True) -> None:
+    """Take out of the weights what they hold, for as long as adapters are disabled, or put it back. All or nothing."""
+    merged = [(path, layer) for path, layer in layers if layer._merge_state is not None]
+    merged = [(path, layer) for path, layer in merged if layer.is_suspended != is_suspended]
     for path, layer in merged:
         check_unwritten(path, layer)
-    _one_by_one([layer for _, layer in merged], suspend_layer, resume_layer)
-
-
-def resume(layers: Iterable[NamedLayer]) -> None:
-    """Put back what :func:`suspend` took out. All or nothing."""
-    _one_by_one([layer for _, layer in layers if layer._is_suspended], resume_layer, suspend_layer)
-
-
-@torch.no_grad()
-def _one_by_one(layers: Sequence[Any], forward: Callable[[Any], None], backward: Callable[[Any], None]) -> None:
-    done: list[Any] = []
-    with held_back() as let_through:
-        try:
-            for layer in layers:
-                let_through()
-                forward(layer)
-                done.append(layer)
-        except BaseException:
-            for layer in reversed(done):
-                backward(layer)
-            raise
-
-
-class MergingLayer(ScaledLayer):
-    """A scaled layer whose weight can hold its vectors, exactly and in place, also where PEFT asks it to."""
-
-    _merge_state: MergeState | None = None
-    # What the weight holds is taken out for as long as adapters are disabled.
-    _is_suspended = False
-
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Let this layer's weight hold these adapters (the active ones); as PEFT's layers do."""
-        if _to_merge(self, adapter_names):
-            merge(self, [("layer", self)], adapter_names, safe_merge)
-
-    def unmerge(self) -> None:
-        """Take out of this layer's weight what it holds, bit-exactly."""
-        unmerge(self, [("layer", self)])
-
-    def unmerge_inexactly(self) -> None:
-        """Divide the weight by vectors that PEFT merged before the layer was accelerated; warns, as PEFT does."""
-        super().unmerge()  # type: ignore[misc]
-        self.note_running()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        # At once, and not in the next forward pass as in PEFT: an up projection that holds the vector runs before.
-        if not enabled and self.merged_adapters and not self._is_suspended:
-            if self._merge_state is None:
-                self.unmerge_inexactly()
-            else:
-                suspend([("layer", self)])
-        super().enable_adapters(enabled)  # type: ignore[misc]
-        if enabled and self._is_suspended:
-            resume([("layer", self)])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.
-        with unmerged(self):
-            return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        is_new = any(f"{prefix}ia3_l.{name}" in state_dict for name in self.merged_adapters)
-        if is_new and f"{prefix}base_layer.weight" not in state_dict:
-            warnings.warn("adapters are merged; they are unmerged before vectors are replaced.", stacklevel=2)
-            self.unmerge()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    with _all_or_none() as change:
+        for _, layer in merged:
+            change(layer, layer._merge_state.anew(is_suspended))

@@ -163,7 +163,7 @@ def _shards(folder: Path) -> list[Path]:
                 f"{path} names the file {name!r:.200}; expected a .safetensors file beside it: get it again."
             )
         if not os.path.isfile(folder / name):
-            raise IA3Error(f"{folder} lacks {name!r:.200}, which {INDEX_NAME} names; get the whole model.")
+            raise IA3Error(f"{folder} lacks {name:.200}, which {INDEX_NAME} names; get the whole model.")
     return [folder / name for name in names]
 
 

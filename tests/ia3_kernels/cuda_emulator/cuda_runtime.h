@@ -2,7 +2,7 @@
 //
 // A launch runs its blocks one after the other, in an order that a seed decides, as it decides which warp goes first: a
 // result that depends on either is wrong on a GPU as well. A block's threads are fibers; each runs until it waits for
-// others. Shared memory holds NaN when a block begins. What makes no sense on a GPU (threads that wait at different
+// others, be it its warp's to vote. Shared memory holds NaN when a block begins. What makes no sense on a GPU (threads that wait at different
 // places, or leave while others wait) ends the process with a sentence.
 #pragma once
 
@@ -61,11 +61,13 @@ inline void check_alignment(const void* pointer, size_t size) {
 
 // --- a block ------------------------------------------------------------------------------------------------------
 
-enum class Waits { kNothing, kBlock, kDone };
+enum class Waits { kNothing, kWarp, kBlock, kDone };
 
 struct Thread {
   dim3 index;
   Waits waits;
+  bool vote = false;
+  unsigned ballot = 0;
 };
 
 inline std::vector<Thread> threads;
@@ -102,6 +104,21 @@ inline bool release() {
   return true;
 }
 
+// Lets a warp go on whose threads all wait for each other's votes. Whether it does; some alone never may.
+inline bool release_warp(int first, int last) {
+  unsigned ballot = 0;
+  int waiting = 0;
+  for (int i = first; i < last; ++i) {
+    if (threads[size_t(i)].waits != Waits::kWarp) continue;
+    ++waiting;
+    ballot |= unsigned(threads[size_t(i)].vote) << (i - first);
+  }
+  if (waiting == 0) return false;
+  if (waiting != kWarp) stop("the threads of a warp vote at different places");
+  for (int i = first; i < last; ++i) threads[size_t(i)].waits = Waits::kNothing, threads[size_t(i)].ballot = ballot;
+  return true;
+}
+
 inline void run_block(void (*body)(const void*), const void* argument, std::minstd_rand& random) {
   const int count = int(blockDim.x * blockDim.y * blockDim.z), warps = (count + kWarp - 1) / kWarp;
   std::fill(std::begin(shared_memory), std::end(shared_memory), char(0xff));  // NaN, and true
@@ -121,14 +138,16 @@ inline void run_block(void (*body)(const void*), const void* argument, std::mins
     if (order_seed != 0) std::shuffle(order.begin(), order.end(), random);
     for (const int warp : order) {
       const int first = warp * kWarp, last = std::min(first + kWarp, count);
-      for (int i = first; i < last; ++i) {
-        if (threads[size_t(i)].waits != Waits::kNothing) continue;
-        current = i;
-        threadIdx = threads[size_t(i)].index;
-        fibers::resume(i);
-        went_on = true;
-        done += threads[size_t(i)].waits == Waits::kDone;
-      }
+      do {
+        for (int i = first; i < last; ++i) {
+          if (threads[size_t(i)].waits != Waits::kNothing) continue;
+          current = i;
+          threadIdx = threads[size_t(i)].index;
+          fibers::resume(i);
+          went_on = true;
+          done += threads[size_t(i)].waits == Waits::kDone;
+        }
+      } while (release_warp(first, last));
     }
     if (!release() && !went_on) stop("the threads of a block wait at different places");
   }
@@ -178,8 +197,17 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, dim3 block, const void* argu
 inline void __syncthreads() { emulator::wait(emulator::Waits::kBlock); }
 inline void __threadfence() {}
 
-inline unsigned atomicAdd(unsigned* place, unsigned value) {
-  const unsigned before = *place;
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  if (mask != 0xffffffffu) emulator::stop("only whole warps vote here");
+  emulator::self().vote = vote;
+  emulator::wait(emulator::Waits::kWarp);
+  return emulator::self().ballot;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+template <typename Integer>
+Integer atomicAdd(Integer* place, Integer value) {
+  const Integer before = *place;
   *place += value;
   return before;
 }
