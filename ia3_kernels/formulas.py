@@ -23,7 +23,10 @@ def _opaque_matmuls() -> frozenset[torch.dtype]:
     library = target.native_library()
     if not isinstance(library, ModuleType):
         return frozenset()
-    return frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if library.matmul_route(dtype) == "widen")
+    try:
+        return frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if library.matmul_route(dtype) == "widen")
+    except RuntimeError:  # a word in the environment that means nothing, as every computation says
+        return frozenset()
 
 
 _OPAQUE_MATMULS = _opaque_matmuls()

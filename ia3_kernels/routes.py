@@ -10,6 +10,7 @@ nearest. Where nobody does it is the library. Nothing is ever measured inside of
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import math
 import os
@@ -136,10 +137,12 @@ def read(path: Path, wanted: Mapping[str, str] | None = None) -> Measurements:
     Raises ValueError with the reason where it cannot be understood, or is not of the ``wanted`` device and versions.
     """
     try:
+        if not path.is_file():  # a FIFO would be waited for
+            raise OSError("it is no file")
         content = json.loads(path.read_text("utf-8"))
         facts, entries = content["of"], content["measurements"]
         measurements = dict(_entry(entry) for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it cannot be read ({type(error).__name__}: {error}); run ia3 tune again") from error
     for name, fact in (wanted or {}).items():
         if facts.get(name) != fact:
@@ -202,7 +205,7 @@ def shipped(capability: int) -> Measurements:
 def report(index: int | None) -> dict[Path, str]:
     """Say of each file of ``ia3 tune`` in the cache folder whether the GPU's matmuls go by it, or why not."""
     said = {}
-    for path in sorted(target.cache_folder().glob("*.json")):
+    for path in map(Path, sorted(glob.glob(os.path.join(glob.escape(str(target.cache_folder())), "*.json")))):
         try:
             if index is None:
                 raise ValueError("there is no GPU that torch can use")

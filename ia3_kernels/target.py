@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -40,10 +41,10 @@ def gpu_matmul() -> str:
     """
     wanted = os.environ.get(GPU_MATMUL_VARIABLE, "auto").strip().lower() or "auto"
     if wanted not in ("auto", "library", "triton", "cuda"):
-        raise ValueError(f"{GPU_MATMUL_VARIABLE} is {wanted!r}; expected auto, library, triton or cuda.")
+        raise ValueError(f"{GPU_MATMUL_VARIABLE} is {wanted!r:.200}; expected auto, library, triton or cuda.")
     problem = {"triton": triton_problem, "cuda": cuda_problem}.get(wanted, lambda: None)()
     if problem is not None:
-        raise RuntimeError(f"{GPU_MATMUL_VARIABLE} is {wanted!r}, but {problem}")
+        raise RuntimeError(f"{GPU_MATMUL_VARIABLE} is {wanted!r:.200}, but {problem}")
     return wanted
 
 
@@ -56,7 +57,14 @@ def forget_variables() -> None:
 def cache_folder() -> Path:
     """Return the folder where measurements of this user's devices are kept."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ia3-kernels"
+    if chosen:
+        return Path(chosen)
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "ia3-kernels")
+
+
+def host_memory() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_interpreted() -> bool:
@@ -140,8 +148,6 @@ def native_library() -> ModuleType | ImportError:
             f"ia3_kernels: {library.__file__} was built from other sources than the Python files beside it, and lacks "
             f"{', '.join(missing)}; build the package again, or delete that file to run the slower reference."
         )
-    # Settles the instruction set now: a wrong name in the environment is said at import, not at first use.
-    library.isa()
     return library
 
 
@@ -183,28 +189,37 @@ def version(distribution: str) -> str | None:
 
 
 def describe() -> dict[str, str]:
-    """Return what this machine and installation offer, as label -> sentence fragments for people to read."""
+    """Return what this machine and installation offer, as label -> sentence fragments for people to read.
+
+    Where an environment variable has a word that means nothing, its fact is the sentence that says so.
+    """
     native = native_library()
-    facts = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "ia3-kernels": version("ia3-kernels") or "not installed (running from a checkout)",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    facts: dict[str, Callable[[], str]] = {
+        "python": platform.python_version,
+        "torch": lambda: str(torch.__version__),
+        "ia3-kernels": lambda: version("ia3-kernels") or "not installed (running from a checkout)",
+        "machine": lambda: f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "accelerator": lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     if isinstance(native, ModuleType):
-        facts["native library"] = "built"
-        facts["instruction set"] = f"{native.isa()} (available: {', '.join(native.available_isas())})"
-        facts["16-bit matmul"] = ", ".join(
+        facts["native library"] = lambda: "built"
+        facts["instruction set"] = lambda: f"{native.isa()} (available: {', '.join(native.available_isas())})"
+        facts["16-bit matmul"] = lambda: ", ".join(
             f"{str(dtype).removeprefix('torch.')}: {native.matmul_route(dtype)}"
             for dtype in (torch.bfloat16, torch.float16)
         )
     else:
-        facts["native library"] = f"not built ({native})"
-        facts["instruction set"] = "chosen by torch"
-    facts["cuda kernels"] = _describe_cuda()
-    facts["triton kernels"] = triton_problem() or f"Triton {version('triton')}, matmul: {gpu_matmul()}"
-    return facts
+        facts["native library"] = lambda: f"not built ({native})"
+        facts["instruction set"] = lambda: "chosen by torch"
+    facts["cuda kernels"] = _describe_cuda
+    facts["triton kernels"] = lambda: triton_problem() or f"Triton {version('triton')}, matmul: {gpu_matmul()}"
+    described = {}
+    for label, fact in facts.items():
+        try:
+            described[label] = fact()
+        except (RuntimeError, ValueError) as error:
+            described[label] = str(error)
+    return described
 
 
 def _describe_cuda() -> str:

@@ -1,5 +1,7 @@
 // The choice of instruction set.
+#include <algorithm>
 #include <array>
+#include <cctype>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -44,10 +46,9 @@ std::vector<const Kernels*> runnable() {
 }
 
 const Kernels& choose() {
-  const char* variable = std::getenv("IA3_CPU_ISA");
-  const std::string requested = variable == nullptr ? "auto" : variable;
+  const std::string requested = environment_word("IA3_CPU_ISA");
   const auto sets = runnable();
-  if (requested.empty() || requested == "auto") return *sets.front();
+  if (requested == "auto") return *sets.front();
   std::string names;
   for (const Kernels* set : sets) {
     if (requested == set->isa) return *set;
@@ -58,6 +59,18 @@ const Kernels& choose() {
 }
 
 }  // namespace
+
+std::string environment_word(const char* variable) {
+  const char* value = std::getenv(variable);
+  std::string word = value == nullptr ? "" : value;
+  const auto is_space = [](unsigned char letter) { return std::isspace(letter) != 0; };
+  word.erase(std::remove_if(word.begin(), word.end(), is_space), word.end());
+  for (char& letter : word) {
+    const auto byte = static_cast<unsigned char>(letter);
+    letter = byte < 0x80 && std::isgraph(byte) != 0 ? static_cast<char>(std::tolower(byte)) : '?';
+  }
+  return word.empty() ? "auto" : word.substr(0, 200);
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

@@ -54,6 +54,10 @@ struct Kernels {
                          float* sums);
 };
 
+// What an environment variable says, in small letters, without spaces, and with '?' for whatever is no ASCII; "auto"
+// where it says nothing.
+std::string environment_word(const char* variable);
+
 // The best set that this processor runs, or the one that the environment variable IA3_CPU_ISA names. Throws
 // std::runtime_error, with a sentence, if that one is unknown or does not run here. The choice is made once.
 const Kernels& kernels();

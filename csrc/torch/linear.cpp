@@ -1,6 +1,5 @@
 // scaled_linear on CPU tensors: which of three matmuls runs, and the threads around it.
 #include <algorithm>
-#include <cstdlib>
 #include <string>
 
 #include "../cpu/kernels.h"
@@ -148,8 +147,7 @@ void library_linear(Problem& p, bool keeps_product) {
 
 bool widens(at::ScalarType dtype) {
   static const std::string requested = [] {
-    const char* variable = std::getenv("IA3_CPU_MATMUL");
-    const std::string value = variable == nullptr || *variable == '\0' ? "auto" : variable;
+    const std::string value = cpu::environment_word("IA3_CPU_MATMUL");
     TORCH_CHECK(value == "auto" || value == "widen" || value == "library", "IA3_CPU_MATMUL is '", value,
                 "'; expected auto, widen or library.");
     return value;

@@ -114,7 +114,13 @@ void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t di
   check_scale_weight(weight, scale, dim);
   at::assert_no_internal_overlap(weight);
   at::assert_no_overlap(weight, scale);
-  backend_of("scale_weight_", weight).scale_weight_(weight, as_vector(scale), dim);
+  // Those two do not look into strided memory: windows that share elements, and a scale that is a row of a slice.
+  const bool by_rows = weight.stride(0) >= weight.stride(1);
+  TORCH_CHECK(weight.numel() == 0 || weight.size(!by_rows) == 1 ||
+                  weight.stride(!by_rows) > weight.stride(by_rows) * (weight.size(by_rows) - 1),
+              "scale_weight_: rows of weight overlap in memory; copy it first.");
+  const at::Tensor own = scale.is_alias_of(weight) ? scale.clone() : scale;
+  backend_of("scale_weight_", weight).scale_weight_(weight, as_vector(own), dim);
 }
 
 }  // namespace

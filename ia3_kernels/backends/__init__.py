@@ -53,7 +53,7 @@ def get(name: str) -> Backend:
                 raise RuntimeError(f"ia3_kernels: the backend {name!r} was asked for by name, but {problem}")
             return backend
     names = ", ".join(repr(backend.name) for backend in _BACKENDS)
-    raise ValueError(f"ia3_kernels: there is no backend {name!r}; expected one of {names}, or 'auto'.")
+    raise ValueError(f"ia3_kernels: there is no backend {name!r:.200}; expected one of {names}, or 'auto'.")
 
 
 def report() -> list[BackendStatus]:
@@ -81,7 +81,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> tuple[Backend, str]
         gap = backend.gap(op, device_type, dtype)
         if gap is not None:
             raise RuntimeError(
-                f"{op}: the backend {requested!r} was asked for by {target.BACKEND_VARIABLE}, but {gap}; "
+                f"{op}: the backend {requested!r:.200} was asked for by {target.BACKEND_VARIABLE}, but {gap}; "
                 f"unset the variable to let ia3_kernels choose."
             )
         return backend, f"asked for by {target.BACKEND_VARIABLE}={requested}"

@@ -6,31 +6,33 @@ in host memory or in files until it is asked for.
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import os
 import shutil
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, read_tensors, vector_shape
+from ia3_kernels import target
+
+from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, check_values, read_tensors, vector_shape
 from .config import IA3Config
 from .errors import IA3Error
-from .files import source_folder
+from .files import open_file, source_folder
 from .layers import vectors_of
-from .model import get_peft_model
+from .model import check_unadapted, get_peft_model
 from .serving.mixed import BASE_NAME, Sites, unknown_name
 from .serving.routing import BASE
+from .swap import all_or_nothing
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,47 @@ class BankReport:
     evictions: int
 
 
+@dataclass(frozen=True)
+class _File:
+    """An evicted adapter's file, in a folder that others may reach: what is read must be what was written."""
+
+    path: Path
+    size: int
+    digest: bytes
+
+    @classmethod
+    def write(cls, folder: Path, vectors: Tensor) -> _File:
+        """Write the vectors to a new file of a random name."""
+        content = vectors.numpy().tobytes()
+        descriptor, name = tempfile.mkstemp(dir=folder)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+        except OSError as error:
+            os.unlink(name)
+            raise IA3Error(f"cannot write an evicted adapter to {name}: {error.strerror}; free some space.") from error
+        return cls(Path(name), len(content), hashlib.sha256(content).digest())
+
+    def read(self) -> Tensor:
+        """Return the vectors."""
+        try:
+            with open_file(self.path) as file:
+                content = bytearray(file.read(self.size + 1))
+            if hashlib.sha256(content).digest() != self.digest:
+                raise OSError(0, "it is not what was written")
+            return torch.frombuffer(content, dtype=torch.float32)
+        except OSError as error:
+            reason = error.strerror or error
+            raise IA3Error(f"the evicted adapter in {self.path} cannot be read: {reason}; load it again.") from error
+
+
 class _Adapter:
     """One adapter: the slot it has, or its vectors elsewhere, and how many batches are running with it."""
 
     def __init__(self) -> None:
         self.slot: int | None = None
         self.vectors: Tensor | None = None  # all layers' side by side, fp32 on the host; only while it has no slot
-        self.file: Path | None = None  # the same in a file, kept when it comes back: it never changes
+        self.file: _File | None = None  # the same in a file, kept when it comes back: it never changes
         self.users = 0
         self.is_pinned = False
         self.is_listed = True  # else unloaded while in use: the last user frees the slot
@@ -99,42 +135,44 @@ class AdapterBank:
             if name == "host_limit" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise IA3Error(f"{name} is {value!r}; expected a number above 0.")
+                raise IA3Error(f"{name} is {value!r:.200}; expected a number above 0.")
         tuner: Any = getattr(model, "base_model", None)
-        if config is not None:
-            model = get_peft_model(model, config)
-            tuner = model.base_model
-        elif not hasattr(tuner, "bank"):
+        if config is None and not hasattr(tuner, "bank"):
             raise IA3Error(
                 f"model is a {type(model).__name__}, whose layers do not tell what adapters may scale; pass an "
                 "IA3Config as well, AdapterBank(model, config, capacity), or a PeftModel of ia3."
             )
-        if tuner.bank is not None:
+        if getattr(tuner, "bank", None) is not None:
             raise IA3Error("the model has a bank already; load into that one, or close it first.")
-        self.model: Any = model
         self.capacity = capacity
-        self._tuner = tuner
         self._host_limit = host_limit
         self._lock = threading.RLock()
         self._adapters: dict[str, _Adapter] = {}
         self._queue: OrderedDict[_Adapter, None] = OrderedDict()  # those in slots, least recently used first
-        self._free = list(range(capacity))[::-1]
+        self._free: list[int] = []  # of those that were used
+        self._unused = 0  # the first of those that never were
         self._hits = self._misses = self._evictions = 0
         self._sites: Sites | None = None
         self.scales: dict[nn.Module, Tensor | None] = {}
         self._places: dict[str, tuple[int, ...]] = {}
         self._matrices: list[Tensor] = []
         self._fences = _Fences()
-        self._cover(tuner.sites())
+        self.model: Any = model
         self._folder: Path | None = None
-        if folder is not None:
-            try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                self._folder = Path(tempfile.mkdtemp(prefix="evicted-", dir=folder))
-            except OSError as error:
-                raise IA3Error(f"cannot write into {folder}: {error.strerror}; choose another folder.") from error
-        self._file_names = itertools.count()
-        tuner.bank = self
+        if config is not None:
+            check_unadapted(model)
+        with nullcontext() if config is None else all_or_nothing(model, "default"):
+            if config is not None:
+                self.model = get_peft_model(model, config)
+            self._tuner: Any = self.model.base_model
+            self._cover(self._tuner.sites())
+            if folder is not None:
+                try:
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+                    self._folder = Path(tempfile.mkdtemp(prefix="evicted-", dir=folder))
+                except OSError as error:
+                    raise IA3Error(f"cannot write into {folder}: {error.strerror}; choose another folder.") from error
+        self._tuner.bank = self
 
     # --- what is there ------------------------------------------------------------------------------------------------
 
@@ -187,7 +225,7 @@ class AdapterBank:
         Raises :class:`IA3Error` for a file that is damaged or does not fit, and where every slot is pinned or in use.
         """
         if not isinstance(name, str) or not name or name == BASE_NAME:
-            raise IA3Error(f"the adapter's name is {name!r}; expected a name, other than {BASE_NAME!r}.")
+            raise IA3Error(f"the adapter's name is {name!r:.200}; expected a name, other than {BASE_NAME!r}.")
         self._check_absent(name, replace)
         with self._lock:
             self._cover(self._tuner.sites())
@@ -206,7 +244,9 @@ class AdapterBank:
 
     def _check_absent(self, name: str, replace: bool) -> None:
         if name in self._adapters and not replace:
-            raise IA3Error(f"the bank has an adapter {name!r} already; unload it first, or pass replace=True.")
+            raise IA3Error(f"the bank has an adapter {name!r:.200} already; unload it first, or pass replace=True.")
+        if name in self._tuner.peft_config:
+            raise IA3Error(f"the model itself has an adapter {name!r:.200}; choose another name.")
 
     def unload(self, name: str) -> None:
         """Forget an adapter. Raises :class:`IA3Error` where a running batch uses it."""
@@ -302,7 +342,8 @@ class AdapterBank:
         if adapter.slot is not None and not adapter.users:
             self._leave(adapter)
         if adapter.file is not None:
-            adapter.file.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else's doing
+                adapter.file.path.unlink()
 
     def _enter(self, adapter: _Adapter, slot: int) -> None:
         adapter.slot, adapter.vectors = slot, None
@@ -320,13 +361,16 @@ class AdapterBank:
             self._hits += 1
             self._queue.move_to_end(adapter)
         else:
-            vectors = adapter.vectors if adapter.file is None else _read_file(adapter.file)
+            vectors = adapter.vectors if adapter.file is None else adapter.file.read()
             assert vectors is not None
             self._enter(adapter, self._fill_slot(vectors))
             self._misses += 1
 
     def _fill_slot(self, vectors: Tensor) -> int:
         """Return a slot that nobody reads, with these vectors in it."""
+        if not self._free and self._unused < self.capacity:
+            self._free.append(self._unused)
+            self._unused += 1
         if not self._free:
             self._evict()
         slot = self._free.pop()
@@ -352,7 +396,7 @@ class AdapterBank:
                 self._check_host_limit(vectors.nbytes)
                 adapter.vectors = vectors
             else:
-                adapter.file = _write_file(self._folder / str(next(self._file_names)), vectors)
+                adapter.file = _File.write(self._folder, vectors)
         self._leave(adapter)
         self._evictions += 1
 
@@ -370,12 +414,17 @@ class AdapterBank:
         """Have a matrix for every scaled layer; an adapter that came before its layer does not scale it."""
         if sites is self._sites:
             return
+        new = [(path, layer) for path, layer in sites.layers if layer not in self.scales]
+        sizes = [layer.in_features if layer.is_feedforward else layer.out_features for _, layer in new]
+        needed, memory = 4 * self.capacity * sum(sizes), target.host_memory()
+        if needed > memory:  # the system would promise it, and kill whoever uses it
+            raise IA3Error(
+                f"capacity is {self.capacity:,}, which takes {needed:,} bytes, and this machine has {memory:,}; choose "
+                "less: adapters that have no slot are kept outside."
+            )
         with torch.inference_mode(False), torch.no_grad():
-            for path, layer in sites.layers:
-                if layer in self.scales:
-                    continue
+            for (path, layer), features in zip(new, sizes, strict=True):
                 shape = vector_shape(layer, layer.is_feedforward)
-                features = layer.in_features if layer.is_feedforward else layer.out_features
                 matrix = torch.ones(self.capacity, features, device=layer.base_layer.weight.device)
                 if matrix.is_cuda:
                     torch._dynamo.mark_static_address(matrix)  # or a captured graph would copy it in every replay
@@ -399,24 +448,22 @@ class AdapterBank:
             shape = places.get(key)
             if shape is None:
                 raise IA3Error(
-                    f"{where} has the tensor {key!r}, which the bank has no place for; it was saved from another model "
-                    "or scales layers that this model's own adapters do not: make the bank of a model that has them."
+                    f"{where} has the tensor {key!r:.200}, which the bank has no place for; it was saved from another "
+                    "model or scales layers that this model's own adapters do not: make the bank of one that has them."
                 )
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise IA3Error(
-                    f"{where} has the tensor {key!r} of shape {list(tensor.shape)} and dtype {tensor.dtype}, and the "
-                    f"bank takes floating-point vectors of shape {list(shape)} there; load it into its own model."
+                    f"{where} has the tensor {key!r:.200} of shape {list(tensor.shape)!s:.200} and dtype "
+                    f"{tensor.dtype}, and the bank takes floating-point vectors of shape {list(shape)} there; load it "
+                    "into its own model."
                 )
         if not tensors:
             raise IA3Error(f"{where} holds no vectors; save the adapter again.")
+        if isinstance(source, Mapping):
+            check_values(tensors, where)  # as the reader of files does
         ones = {shape: torch.ones(shape) for key, shape in places.items() if key not in tensors}
         parts = [tensors[key] if key in tensors else ones[shape] for key, shape in places.items()]
-        vectors = torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
-        # numpy's, of one thread: waking the others costs more, and a server's are busy.
-        if not np.isfinite(vectors.numpy()).all():
-            bad = next(key for key, tensor in tensors.items() if not tensor.isfinite().all())
-            raise IA3Error(f"{where} has values that are not finite in {bad!r}; train the adapter again.")
-        return vectors
+        return torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
 
     def _write(self, slot: int, vectors: Tensor) -> None:
         sizes = [matrix.shape[1] for matrix in self._matrices]
@@ -487,22 +534,6 @@ class _Fences:
         yield
         for device in {matrix.device for matrix in matrices if matrix.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-
-
-def _write_file(path: Path, vectors: Tensor) -> Path:
-    try:
-        path.write_bytes(vectors.numpy().tobytes())
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise IA3Error(f"cannot write an evicted adapter to {path}: {error.strerror}; free some space.") from error
-    return path
-
-
-def _read_file(path: Path) -> Tensor:
-    try:
-        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise IA3Error(f"the evicted adapter in {path} cannot be read ({error}); load it again.") from error
 
 
 def _nothing() -> None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from .errors import IA3Error
+from ia3_kernels.target import host_memory
+
+from .errors import IA3Error, reason_of
+from .files import read_bytes
 from .matching import Plan, carriers, named_base_modules
 from .probing import base_of, features, is_scaled
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+# Of 44,000 experts' vectors it has 7 MB; empty tensors without end take time, and nothing else.
+_LONGEST_HEADER = 16 << 20
 # What stands before a module's name in a file: a PeftModel's path to the base model.
 KEY_PREFIX = "base_model.model."
 # What torch.compile puts before the names in a model that it wraps.
@@ -92,26 +99,58 @@ def read_tensors(folder: Path, key_mapping: Mapping[str, str] | None = None) -> 
     key_mapping: regular expressions and what to put in their place, applied in turn to keys without their prefix.
     """
     path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        if (folder / PICKLE_NAME).is_file():
+    if not os.path.lexists(path):
+        if os.path.lexists(folder / PICKLE_NAME):
             raise IA3Error(
                 f"{folder / PICKLE_NAME} is a pickle, which can run any code when it is read; save the adapter again "
                 f"with safe_serialization=True, as {WEIGHTS_NAME}."
             )
         raise IA3Error(f"there is no {WEIGHTS_NAME} in {folder}; name the local folder of a saved adapter.")
-    data = path.read_bytes()
+    data = read_bytes(path, host_memory() // 2, "name the folder of a saved adapter")
+    check_header(path, data[:8], len(data))
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise IA3Error(f"{path} is damaged: {_damage(data) or error}; copy or save the adapter again.") from None
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        why = _damage(data) or reason_of(error)
+        raise IA3Error(f"{path} is damaged: {why}; copy or save the adapter again.") from None
     # PEFT reads names that still hold their adapter's, too.
+    count = len(tensors)
     tensors = {re.sub(r"\.ia3_l\.[^.]+$", ".ia3_l", name): tensor for name, tensor in tensors.items()}
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {
             KEY_PREFIX + re.sub(pattern, replacement, name.removeprefix(KEY_PREFIX)): tensor
             for name, tensor in tensors.items()
         }
+    if len(tensors) < count:
+        raise IA3Error(f"{path} has two tensors for one place; save each adapter to a folder of its own.")
+    check_values({name: tensor for name, tensor in tensors.items() if name.endswith(".ia3_l")}, path)
     return tensors
+
+
+def check_header(path: Path, start: bytes, size: int) -> None:
+    """Raise :class:`IA3Error` for a safetensors file of ``size`` bytes of more tensors than any model has.
+
+    start: its first eight bytes.
+    """
+    length = int.from_bytes(start, "little")
+    if _LONGEST_HEADER < length <= size:
+        raise IA3Error(f"{path} has a header of {length:,} bytes, and {_LONGEST_HEADER:,} at most; get it again.")
+
+
+def check_values(vectors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raise :class:`IA3Error` for vectors that are no floating-point numbers, or not finite as the fp32 they become."""
+    for name, vector in vectors.items():
+        if not vector.is_floating_point():
+            raise IA3Error(
+                f"{source} has the tensor {name!r:.200} with dtype {vector.dtype}, and vectors are floating-point "
+                "numbers; save the adapter again."
+            )
+        # numpy's, of one thread: waking the others costs more, and a server's are busy.
+        if not vector.is_meta and not np.isfinite(vector.detach().to("cpu", torch.float32).numpy()).all():
+            raise IA3Error(
+                f"{source} has values that are not finite in {name!r:.200}; train the adapter again, with a smaller "
+                "learning rate."
+            )
 
 
 def _damage(data: bytes) -> str | None:
@@ -122,10 +161,10 @@ def _damage(data: bytes) -> str | None:
     try:
         entries = json.loads(data[8:start])
         ends = {name: start + entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        cut = sorted((end, name) for name, end in ends.items() if end > len(data))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
-    cut = sorted((end, name) for name, end in ends.items() if end > len(data))
-    return f"it ends after {len(data)} bytes, inside the tensor {cut[0][1]!r}" if cut else None
+    return f"it ends after {len(data)} bytes, inside the tensor {cut[0][1]!r:.200}" if cut else None
 
 
 def fitting_names(model: nn.Module, names: Iterable[str], places: Iterable[str]) -> dict[str, str]:
@@ -173,18 +212,18 @@ def check_tensors(
         raise IA3Error(f"{source} lacks the tensor {name!r}, which the model has a place for; {advice}.")
     places = {**optional, **expected}
     for name in sorted(tensors.keys() - places.keys()):
-        raise IA3Error(f"{source} has the tensor {name!r}, which the model has no place for; {advice}.")
+        raise IA3Error(f"{source} has the tensor {name!r:.200}, which the model has no place for; {advice}.")
     for name, tensor in tensors.items():
         place = places[name]
         if tensor.shape != place.shape:
             raise IA3Error(
-                f"{source} has the tensor {name!r} with shape {list(tensor.shape)}, but the model has shape "
-                f"{list(place.shape)} there; {advice}."
+                f"{source} has the tensor {name!r:.200} with shape {list(tensor.shape)!s:.200}, but the model has "
+                f"shape {list(place.shape)} there; {advice}."
             )
         if tensor.is_floating_point() != place.is_floating_point():
             raise IA3Error(
-                f"{source} has the tensor {name!r} with dtype {tensor.dtype}, but the model has {place.dtype} there; "
-                "save the adapter again."
+                f"{source} has the tensor {name!r:.200} with dtype {tensor.dtype}, but the model has {place.dtype} "
+                "there; save the adapter again."
             )
 
 
@@ -193,6 +232,12 @@ def check_file(
 ) -> dict[str, str]:
     """Raise :class:`IA3Error` for an adapter's file that does not fit; returns the mapping by which PEFT reads it."""
     tensors, optional = read_tensors(folder, key_mapping), embedding_tensors(model)
+    places = len(expected) + len(optional)
+    if len(tensors) > 2 * places:  # to compare the names would take long
+        raise IA3Error(
+            f"{folder / WEIGHTS_NAME} has {len(tensors):,} tensors, and the model has places for {places:,} at most; "
+            "it was saved from another model or with other target_modules: load it into the model it belongs to."
+        )
     renamed = fitting_names(model, tensors, [*expected, *optional])
     check_tensors({renamed.get(name, name): tensor for name, tensor in tensors.items()}, expected, optional, folder)
     exact = {

@@ -3,25 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import math
 import os
 import re
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
+import regex
 from peft import PeftConfig, PeftType, TaskType
 
-from .errors import IA3Error
-from .files import source_folder
+from .errors import IA3Error, reason_of
+from .files import read_json, source_folder
 
 CONFIG_NAME = "adapter_config.json"
 
 
+# Regular expressions come in files that others made, and some match for longer than anybody waits. Python's own engine
+# cannot be stopped; the regex package can, and each pattern gets this many seconds of its thread's time, for all names
+# together. Repetitions are counted before: that engine writes them out.
+# Matching a name takes some microseconds, and that is free.
+_MATCH_SECONDS, _FREE_SECONDS = 1.0, 2e-4
+_LONGEST = 1 << 16
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(pattern: str) -> tuple[Any, list[float]]:
+    """Return a compiled regular expression, and a place for the seconds that it has taken; ``ValueError`` for none."""
+    counts = [int(number[:9]) for number in re.findall(r"[{,](\d+)", pattern)]
+    size = len(pattern) * math.prod(max(count, 1) for count in counts)
+    if size > _LONGEST:
+        raise ValueError(f"its length times its repetitions is {size:,}; {_LONGEST:,} at most")
+    re.compile(pattern)  # what PEFT takes
+    return regex.compile(pattern), [0.0]
+
+
+def fullmatch(pattern: str, name: str) -> bool:
+    """Return whether a regular expression matches a whole name; raises :class:`IA3Error` where it takes too long."""
+    compiled, spent = _compiled(pattern)
+    start = time.thread_time()
+    try:
+        if spent[0] > _MATCH_SECONDS:
+            raise TimeoutError
+        return compiled.fullmatch(name, timeout=_MATCH_SECONDS) is not None
+    except (TimeoutError, MemoryError):
+        raise IA3Error(
+            f"the regular expression {pattern!r:.200} takes too long to match; write it without repetitions inside of "
+            "repetitions, or pass a list of names."
+        ) from None
+    finally:
+        spent[0] += max(time.thread_time() - start - _FREE_SECONDS, 0.0)
+
+
 def _quoted(names: set[str] | list[str]) -> str:
-    return ", ".join(repr(name) for name in sorted(names))
+    return ", ".join(f"{name!r:.200}" for name in sorted(names))
 
 
 def _as_names(name: str, value: Any) -> set[str] | str | None:
@@ -29,9 +68,12 @@ def _as_names(name: str, value: Any) -> set[str] | str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(entry, str) for entry in value):
+        if len(value) > _LONGEST:
+            raise IA3Error(f"{name} has {len(value):,} names; {_LONGEST:,} at most: write a regular expression.")
         return set(value)
     raise IA3Error(
-        f"{name} is {value!r}; expected a list of module names, a regular expression as a string, or None: correct it."
+        f"{name} is {value!r:.200}; expected a list of module names, a regular expression as a string, or None: "
+        "correct it."
     )
 
 
@@ -70,17 +112,17 @@ class IA3Config(peft.IA3Config):
                 given.task_type = TaskType(task)
             except ValueError:
                 raise IA3Error(
-                    f"task_type is {task!r}; expected one of {', '.join(task.value for task in TaskType)}, "
+                    f"task_type is {task!r:.200}; expected one of {', '.join(task.value for task in TaskType)}, "
                     "or None: correct it."
                 ) from None
         if self.peft_type not in (None, PeftType.IA3):
-            raise IA3Error(f"peft_type is {self.peft_type!r}, but this is an IA3 configuration; leave it out.")
+            raise IA3Error(f"peft_type is {self.peft_type!r:.200}, but this is an IA3 configuration; leave it out.")
         for name in ("inference_mode", "fan_in_fan_out", "init_ia3_weights", "scale_queries"):
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, type(self).__dataclass_fields__[name].default)  # what a file's null means to PEFT
             elif not isinstance(value, bool):
-                raise IA3Error(f"{name} is {value!r}; expected True or False: correct it.")
+                raise IA3Error(f"{name} is {value!r:.200}; expected True or False: correct it.")
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             setattr(self, name, _as_names(name, getattr(self, name)))
             self._check_pattern(name)
@@ -88,7 +130,9 @@ class IA3Config(peft.IA3Config):
         if saved is not None:
             names = _as_names("modules_to_save", saved)
             if isinstance(names, str):
-                raise IA3Error(f"modules_to_save is {names!r}; expected a list of module names: write [{names!r}].")
+                raise IA3Error(
+                    f"modules_to_save is {names!r:.200}; expected a list of module names: write [{names!r:.200}]."
+                )
             given.modules_to_save = list(saved)
         parameters = _as_names("target_parameters", self.target_parameters)
         if isinstance(parameters, str):
@@ -118,11 +162,11 @@ class IA3Config(peft.IA3Config):
         pattern = getattr(self, name)
         if isinstance(pattern, str):
             try:
-                re.compile(pattern)
-            except re.error as error:
+                _compiled(pattern)
+            except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
                 raise IA3Error(
-                    f"{name} is {pattern!r}, which is not a regular expression ({error}); correct it or pass a list of "
-                    "names."
+                    f"{name} is {pattern!r:.200}, which is not a regular expression ({reason_of(error)}); correct it, "
+                    "or pass a list of names."
                 ) from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,17 +210,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises :class:`IA3Error` for what is no such file.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise IA3Error(f"there is no {CONFIG_NAME} in {path.parent}; name the local folder of a saved adapter.")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise IA3Error(f"{path} cannot be read as JSON ({error}); save the adapter again.") from None
-    if not isinstance(content, dict):
-        raise IA3Error(f"{path} holds a {type(content).__name__}; expected a JSON object: save the adapter again.")
+    content = read_json(path, "save the adapter again")
     if content.get("peft_type") != PeftType.IA3.value:
         raise IA3Error(
-            f"{path} has peft_type {content.get('peft_type')!r}; expected 'IA3': load this adapter with PEFT."
+            f"{path} has peft_type {content.get('peft_type')!r:.200}; expected 'IA3': load this adapter with PEFT."
         )
     known = {entry.name for entry in dataclasses.fields(IA3Config) if entry.init}
     unknown = sorted(content.keys() - known)

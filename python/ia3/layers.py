@@ -7,8 +7,9 @@ costs more than an operator's check.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -36,24 +37,32 @@ class Routing(Protocol):
         """Return the scale of ``layer`` and its ``adapter_index``; ``None`` for either."""
 
 
-class _Thread(threading.local):
-    """What routes the batches of this thread."""
-
-    def __init__(self) -> None:
-        # An attribute of each thread's own instance. A default on the class would be what a compiled graph guards on,
-        # and the graph would then run in a thread that has set another.
-        self.routing: Routing | None = None
+_routing: ContextVar[Any] = ContextVar("ia3_routing")
+route = _routing.set
 
 
-thread = _Thread()
+class _Current:
+    """What routes the batches of this context: of a thread, or of one of its coroutines.
+
+    A compiler cannot look into a context variable, but takes a property whose function is C's for an attribute, and its
+    graphs ask for it in every call. Where nothing was set, the function returns its argument: this object, which routes
+    no layer.
+    """
+
+    routing: Any = property(_routing.get)
+    scales: Mapping[nn.Module, Tensor | None] = MappingProxyType({})
+    outer: None = None
+
+
+current = _Current()
 
 
 def routing_of(layer: nn.Module) -> Routing | None:
-    """Return what routes ``layer`` in this thread now; None where its active adapters apply to all rows alike."""
-    routing = thread.routing
+    """Return what routes ``layer`` in this context now; None where its active adapters apply to all rows alike."""
+    routing = current.routing
     while routing is not None and layer not in routing.scales:
         routing = routing.outer  # another model's, whose generation runs this one (an assistant, say)
-    return routing
+    return routing  # type: ignore[no-any-return]
 
 
 def is_untouched(module: nn.Module) -> bool:

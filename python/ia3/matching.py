@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import IA3Config
+from .config import IA3Config, fullmatch
 from .errors import IA3Error
 from .patching import execution_device
 from .probing import base_of, features, is_linear, is_scaled, reader_of
@@ -86,12 +87,16 @@ def model_type(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-def _is_named(path: str, entries: Iterable[str]) -> bool:
-    return any(path == entry or path.endswith("." + entry) for entry in entries)
+def _endings(path: str) -> Iterator[str]:
+    """Yield the entries of a list that mean a module of this name."""
+    yield path
+    for place, letter in enumerate(path):
+        if letter == ".":
+            yield path[place + 1 :]
 
 
 def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+    return ", ".join(f"{name!r:.200}" for name in names)
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
@@ -112,7 +117,7 @@ def _suggestion(model: nn.Module, modules: dict[str, nn.Module], wanted: Iterabl
     linear = _linear_names(modules)
     endings = [".".join(path.split(".")[-2:]) for path, module in modules.items() if features(module)]
     near: dict[str, None] = {}
-    for name in wanted:
+    for name in itertools.islice(wanted, 10):  # each is compared with every layer's name
         candidates = list(dict.fromkeys(endings)) if "." in name else linear
         near.update(dict.fromkeys(difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)))
     if near:
@@ -153,17 +158,17 @@ def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA
                     "output layer that is called as one; name the modules to scale."
                 )
             return found
-        matched = [path for path in modules if re.fullmatch(targets, path)]
+        matched = [path for path in modules if fullmatch(targets, path)]
         if not matched:
             raise IA3Error(
-                f"target_modules is the regular expression {targets!r}, which matches no module of this "
+                f"target_modules is the regular expression {targets!r:.200}, which matches no module of this "
                 f"{type(model).__name__} from its first to its last character; "
                 f"{_suggestion(model, modules, [targets])}."
             )
         return matched
-    entries = targets or ()
-    matched = [path for path in modules if _is_named(path, entries)]
-    missing = [entry for entry in entries if not any(_is_named(path, (entry,)) for path in matched)]
+    entries = targets or set()
+    matched = [path for path in modules if not entries.isdisjoint(_endings(path))]
+    missing = entries - {ending for path in matched for ending in _endings(path)}
     if not entries and config.target_parameters:
         return []
     if not entries:
@@ -176,19 +181,19 @@ def _matched_targets(model: nn.Module, modules: dict[str, nn.Module], config: IA
 def is_excluded(path: str, config: IA3Config) -> bool:
     excluded = config.exclude_modules
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, path):
+        if fullmatch(excluded, path):
             return True
-    elif excluded and _is_named(path, excluded):
+    elif excluded and not excluded.isdisjoint(_endings(path)):
         return True
     # A module that is trained whole has no use for vectors, nor has anything inside it.
-    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in config.modules_to_save or ())
+    return any(f".{name}." in f".{path}." for name in config.modules_to_save or ())
 
 
 def is_feedforward(path: str, feedforward: set[str] | list[str] | str | None) -> bool:
     """Return whether ``feedforward_modules`` means the module of this name, whose input is scaled then."""
     if isinstance(feedforward, str):
-        return re.fullmatch(feedforward, path) is not None
-    return any(path.endswith(entry) for entry in feedforward or ())
+        return fullmatch(feedforward, path)
+    return path.endswith(tuple(feedforward or ()))
 
 
 def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
@@ -239,7 +244,7 @@ def _saved_modules(model: nn.Module, config: IA3Config, explicit: Iterable[str])
     found: list[tuple[str, nn.Module]] = []
     for path, module in named_base_modules(model):
         is_inside = any(path.startswith(outer + ".") for outer, _ in found)
-        if not is_inside and any(path.endswith(entry) for entry in entries):
+        if not is_inside and path.endswith(tuple(entries)):
             found.append((path, module))
     for path, module in found:
         if isinstance(module, nn.ModuleDict | nn.ModuleList):
@@ -326,7 +331,7 @@ def _check_feedforward(
     if isinstance(feedforward, str):
         if not any(is_feedforward(path, feedforward) for path in paths):
             warnings.warn(
-                f"feedforward_modules is the regular expression {feedforward!r}, which matches none of the "
+                f"feedforward_modules is the regular expression {feedforward!r:.200}, which matches none of the "
                 f"{len(paths)} targets; all of them scale their outputs.",
                 stacklevel=4,
             )

@@ -68,7 +68,10 @@ def _forward_as(theirs: Any) -> Any:
         if len(args) > 1 and names:  # in PEFT's order, which is not always the model's
             args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
         if adapter_names is None:
-            return self.base_model.model(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return self.base_model.model(*args, **kwargs)
+            with self.base_model.gate.reading():
+                return self.base_model.model(*args, **kwargs)
         return self.base_model.forward_mixed(adapter_names, args, kwargs)
 
     return forward
@@ -121,6 +124,25 @@ class PeftModel(peft.PeftModel):
     def active_peft_config(self) -> Any:
         """Return the configuration of the (first) active adapter; one that means nothing where none is left."""
         return self.peft_config.get(self.active_adapter) or IA3Config()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base model within the block; PEFT's method.
+
+        In every thread: where several are in such blocks, adapters act again when the last of them is left.
+        """
+        gate = self.base_model.gate
+        with gate.changing():
+            if not gate.disabled:
+                gate.enabling.enter_context(super().disable_adapter())
+            gate.disabled += 1
+        try:
+            yield
+        finally:
+            with gate.changing():
+                gate.disabled -= 1
+                if not gate.disabled:
+                    gate.enabling.close()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make this adapter the active one, or these, whose vectors then multiply; PEFT's method."""

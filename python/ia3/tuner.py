@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import experts, fused
 from .errors import IA3Error
+from .gate import Gate
 from .layers import ScaledLayer
 from .matching import carriers
 from .merging import model as merging
@@ -137,6 +138,12 @@ class IA3Model(peft_tuner.IA3Model):
     bank: Any = None  # an AdapterBank's, while there is one
     _sites: Sites | None = None
 
+    @property
+    def gate(self) -> Gate:
+        """Return what keeps forward passes and merging apart."""
+        own = self.__dict__
+        return own.get("_gate") or own.setdefault("_gate", Gate())  # type: ignore[no-any-return]
+
     def sites(self) -> Sites:
         """Return what mixed batches have to know of the model, looked up again when adapters come or go."""
         if self._sites is None:
@@ -234,16 +241,21 @@ class IA3Model(peft_tuner.IA3Model):
 
         Vectors go into the scales of quantized layers, whose codes stay as they are; the input side of a gated block's
         down projection goes into the up projection's. Raises :class:`IA3Error` where that cannot be.
+
+        Forward passes that other threads have begun through the ``PeftModel``, uncompiled, end before, and others
+        wait. That holds for everything here that changes weights.
         """
         names = None if adapter_names is None else self.check_known(adapter_names)
-        merging.merge(self.model, self.scaled_layers(), names, safe_merge, exact, requantize)
+        with self.gate.merging():
+            merging.merge(self.model, self.scaled_layers(), names, safe_merge, exact, requantize)
 
     def unmerge_adapter(self) -> None:
         """Undo :meth:`merge_adapter`, bit-exactly.
 
         Raises :class:`IA3Error`, and changes nothing, where weights were written to in between.
         """
-        merging.unmerge(self.model, self.scaled_layers())
+        with self.gate.merging():
+            merging.unmerge(self.model, self.scaled_layers())
 
     def swap_adapter(self, merged: str, adapter_name: str) -> None:
         """Let the weights hold ``adapter_name`` where they hold ``merged``, in one pass over them.
@@ -252,16 +264,17 @@ class IA3Model(peft_tuner.IA3Model):
         its place. All or nothing; raises :class:`IA3Error`.
         """
         self.check_known([merged, adapter_name])
-        merging.swap(self.model, self.scaled_layers(), merged, adapter_name)
-        if merged in self.active_adapters:
-            swapped = [adapter_name if name == merged else name for name in self.active_adapters]
-            active = list(dict.fromkeys(swapped))
-            for _, carrier in carriers(self.model):
-                if is_scaled(carrier):
-                    carrier.set_adapter(active, inference_mode=self.peft_config[adapter_name].inference_mode)
-                elif adapter_name in carrier.modules_to_save:
-                    carrier.set_adapter(adapter_name)
-            self.active_adapter = active if len(active) > 1 else active[0]
+        with self.gate.merging():
+            merging.swap(self.model, self.scaled_layers(), merged, adapter_name)
+            if merged in self.active_adapters:
+                swapped = [adapter_name if name == merged else name for name in self.active_adapters]
+                active = list(dict.fromkeys(swapped))
+                for _, carrier in carriers(self.model):
+                    if is_scaled(carrier):
+                        carrier.set_adapter(active, inference_mode=self.peft_config[adapter_name].inference_mode)
+                    elif adapter_name in carrier.modules_to_save:
+                        carrier.set_adapter(adapter_name)
+                self.active_adapter = active if len(active) > 1 else active[0]
 
     def merge_and_unload(
         self,
@@ -277,17 +290,18 @@ class IA3Model(peft_tuner.IA3Model):
         scaled.
         """
         names = None if adapter_names is None else self.check_known(adapter_names)
-        layers = self.scaled_layers()
-        before = [(layer, layer._merge_state) for _, layer in layers]
-        try:
-            merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, requantize)
-            model = self._unload_and_optionally_merge(adapter_names=adapter_names)
-        except BaseException:
-            for layer, state in reversed(before):
-                restore(layer, state)
-            raise
-        for _, layer in layers:
-            forget(layer)
+        with self.gate.merging():
+            layers = self.scaled_layers()
+            before = [(layer, layer._merge_state) for _, layer in layers]
+            try:
+                merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, requantize)
+                model = self._unload_and_optionally_merge(adapter_names=adapter_names)
+            except BaseException:
+                for layer, state in reversed(before):
+                    restore(layer, state)
+                raise
+            for _, layer in layers:
+                forget(layer)
         return model
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
@@ -302,8 +316,9 @@ class IA3Model(peft_tuner.IA3Model):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # All layers or none; each layer would do its own.
         layers = self.scaled_layers()
-        merging.suspend(layers, not enabled)
-        super()._enable_adapter_layers(enabled)
+        with self.gate.changing():
+            merging.suspend(layers, not enabled)
+            super()._enable_adapter_layers(enabled)
 
     # --- batches of several adapters
 
@@ -312,7 +327,8 @@ class IA3Model(peft_tuner.IA3Model):
         """Route ``adapter_names`` around ``generate`` of PEFT's models; PEFT has them for LoRA only."""
         names = kwargs.get("adapter_names")
         if names is None:
-            yield
+            with self.gate.reading():
+                yield
             return
         batch = MixedBatch(self, names, generation_repeats(self.model, args, kwargs))
         check_batch(names, args, kwargs)
@@ -329,7 +345,7 @@ class IA3Model(peft_tuner.IA3Model):
             return self.model(*args, **kwargs)
 
     def route(self, adapter_names: Sequence[str], repeats: int = 1) -> MixedBatch:
-        """Return a block in which each sequence of a batch runs with the adapter named for it, in this thread.
+        """Return a block in which each sequence of a batch, in this thread or coroutine, runs with its own adapter.
 
         For loops over ``forward``, which would else look the names up in each call, and for CUDA graphs; see
         :class:`~ia3.serving.mixed.MixedBatch`.

@@ -136,7 +136,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path / "none.txt")
     with pytest.raises(IA3Error, match="cannot be read as a data set"):
         read_rows(tmp_path)
-    with pytest.raises(IA3Error, match="is a device"):
+    with pytest.raises(IA3Error, match="is a device or a FIFO"):
         read_rows(Path("/dev/null"))
     saved = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(a=saved, b=saved).save_to_disk(tmp_path / "splits")

@@ -154,12 +154,7 @@ def test_an_interrupted_end_leaves_the_checkpoints(
 
     monkeypatch.setattr("ia3.cli.finetune._usage", interrupt)
     command = [*map(str, ["finetune", tiny_model, text, "-o", tmp_path / "out", *QUICK])]
-    if number == signal.SIGINT:
-        assert main(command) == code
-    else:
-        with pytest.raises(SystemExit) as caught:
-            main(command)
-        assert caught.value.code == code
+    assert main(command) == code
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-3", "checkpoint-4"}
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ia3.cli.finetune import check_output
-from ia3.cli.output import check_file, json_lines
+from ia3.cli.output import json_lines
 from ia3.errors import IA3Error
+from ia3.files import check_file
 
 LINE = '{"text": "é"}\n'
 

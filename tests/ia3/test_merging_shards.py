@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path) -> 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        with pytest.raises(ia3.IA3Error, match=r"cannot write .*out: .*; nothing was left there"):
+        with pytest.raises(ia3.IA3Error, match=r"cannot write .*out: .*; nothing was changed there"):
             write_merged(plan, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -110,7 +110,7 @@ def test_killed_runs_leave_nothing_under_the_outputs_name(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(base) == before
-    left = [path for path in tmp_path.iterdir() if path.name.startswith(".out.ia3-merge.")]
+    left = [path for path in tmp_path.iterdir() if path.name.startswith(".out.ia3.")]
     assert len(left) <= 1  # each run removed its predecessor's
     assert merge(base, adapter, tmp_path / "out") == 0
     expected = contents(tmp_path / "out")
@@ -122,7 +122,7 @@ def test_killed_runs_leave_nothing_under_the_outputs_name(
 @pytest.fixture
 def scratch(tmp_path: Path) -> Path:
     """What a killed merge to ``out`` leaves."""
-    folder = tmp_path / ".out.ia3-merge.abc"
+    folder = tmp_path / ".out.ia3.abc"
     (folder / "content").mkdir(parents=True)
     (folder / "content" / "model.safetensors").write_bytes(b"half")
     (folder / "lock").touch()
@@ -133,7 +133,7 @@ def test_what_a_killed_run_left_is_removed_and_told(
     scratch: Path, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert merge(*pair, tmp_path / "out") == 0
-    assert f"{scratch}, which a merge that was killed had left behind, is removed" in capsys.readouterr().err
+    assert f"{scratch}, which a command that was killed had left behind, is removed" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import IA3Error
+from ..errors import IA3Error, reason_of
+from ..files import read_json
 from . import checkpoints, output, requests
 from .boundary import USER_ERROR
 from .finetune import METRICS
@@ -85,8 +85,8 @@ def answer_all(
                 tokens = encode(tokenizer, request.prompt, _is_chat(job, tokenizer, folder))
                 length = len(tokens) + request.max_new_tokens
                 checkpoints.check_length(model, length, "its prompt with max_new_tokens")
-            except IA3Error as error:
-                answer(line, error=str(error))
+            except Exception as error:  # a tokenizer's, say, of what is no text
+                answer(line, error=_said(error))
             else:
                 wanted[line] = (request, tokens)
         names = sorted({request.adapter for request, _ in wanted.values() if request.adapter})
@@ -116,12 +116,16 @@ def answer_all(
     return USER_ERROR if errors else 0
 
 
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, IA3Error) else f"{type(error).__name__}: {reason_of(error)}"
+
+
 @functools.cache
 def _is_of_plain_text(adapter: Path) -> bool:
     """Return whether `ia3 finetune` says that it trained this adapter on texts or pairs as they are."""
     try:
-        return bool(json.loads((adapter / METRICS).read_text("utf-8"))["format"] != "messages")
-    except (OSError, ValueError, KeyError, TypeError):  # not written by `ia3 finetune`
+        return bool(read_json(adapter / METRICS)["format"] != "messages")
+    except (IA3Error, KeyError):  # not written by `ia3 finetune`
         return False
 
 
@@ -130,30 +134,33 @@ def _with_bank(base: Any, folders: Mapping[str, Path], batch_size: int) -> tuple
     from .. import AdapterBank, IA3Config
 
     failed: dict[str, str] = {}
-    kinds: dict[str, Any] = {}  # configurations that scale the same layers count once
-    fitting: list[str] = []
+    kinds: dict[str, tuple[Any, list[str]]] = {}  # configurations that scale the same layers count once
     for name, folder in folders.items():
         try:
             config = IA3Config.from_pretrained(folder)
             if config.modules_to_save:
                 raise IA3Error(f"the adapter {folder} trains whole modules, which rows of a batch cannot differ in.")
             fields = (config.target_modules, config.feedforward_modules, config.exclude_modules)
-            kinds.setdefault(repr([sorted(field) if isinstance(field, set) else field for field in fields]), config)
             checkpoints.warn_if_merged(base, folder)
-            fitting.append(name)
+            kind = repr([sorted(field) if isinstance(field, set) else field for field in fields])
+            kinds.setdefault(kind, (config, []))[1].append(name)
         except (IA3Error, OSError) as error:
             failed[name] = str(error)
     bank: Any = None
-    for number, config in enumerate(kinds.values()):
+    fitting: list[str] = []
+    for number, (config, names) in enumerate(kinds.values()):
         config.init_ia3_weights = True
-        if bank is None:
-            bank = AdapterBank(base, config, max(batch_size, min(len(fitting), _SLOTS)))
-        else:
-            bank.model.add_adapter(f"layers{number}", config)
+        try:
+            if bank is None:
+                bank = AdapterBank(base, config, max(batch_size, min(len(folders), _SLOTS)))
+            else:
+                bank.model.add_adapter(f"layers{number}", config)
+            fitting += names
+        except IA3Error as error:  # it scales what this model has not
+            failed.update(dict.fromkeys(names, str(error)))
     if bank is None:
         return base, {}, failed
     model = bank.model.eval()
-    checkpoints.check_kernels(base.device.type, base.dtype)
     known: dict[str, str] = {}
     for number, name in enumerate(fitting):
         try:
@@ -192,5 +199,5 @@ def _run(
         return list(zip(batch, generate(model, tokenizer, prompts, **options), strict=True))
     except Exception as error:  # of whatever kind: the other requests are not to blame
         if len(batch) == 1:
-            return [(batch[0], f"{type(error).__name__}: {str(error)[:200]}")]
+            return [(batch[0], _said(error))]
     return [each for line in batch for each in _run(model, tokenizer, wanted, [line], known, sampling)]

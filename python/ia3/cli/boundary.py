@@ -13,23 +13,22 @@ from typing import TextIO
 
 import typer
 
-from ..errors import IA3Error
+from ..errors import IA3Error, printable, reason_of
 
 USER_ERROR = 2
 BUG = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-TERMINATED = 143  # 128 + SIGTERM
 
 # typer vendors click in some versions and imports it in others; in both, BadParameter derives from UsageError.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(SystemExit):
     """A signal ended the work, and a sentence says what it left."""
 
-    def __init__(self, number: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = 128 + number  # as shells report it
+    def __init__(self, number: int, sentence: str = "the command did not finish.") -> None:
+        super().__init__(128 + number)  # as shells report it
+        self.number, self.sentence = number, sentence
 
 
 @dataclass
@@ -46,7 +45,7 @@ def say(kind: str, sentence: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     style = {"Error": "bold red", "Warning": "bold yellow"}.get(kind, "bold")
     console.print(f"{kind}:", style=style, end=" ")
-    console.print(" ".join(sentence.split()), markup=False)
+    console.print(" ".join(printable(sentence).split()), markup=False)
 
 
 def run(command: Callable[[], object], settings: Settings) -> int:
@@ -59,8 +58,8 @@ def run(command: Callable[[], object], settings: Settings) -> int:
             say("Error", _usage_sentence(error))
         return USER_ERROR
     except Stopped as stop:
-        say("Interrupted", str(stop))
-        return stop.code
+        say("Interrupted", stop.sentence)
+        return 128 + stop.number
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED
     except Exception as error:
@@ -77,7 +76,7 @@ def run(command: Callable[[], object], settings: Settings) -> int:
 def _describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, IA3Error):
         return USER_ERROR, str(error)
-    first = next(iter(str(error).splitlines()), "no message")
+    first = reason_of(error)
     # torch has a class for a full GPU, but reports a full main memory as a plain RuntimeError
     if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
         return (
@@ -99,7 +98,7 @@ def _terminated_cleanly() -> Iterator[None]:
     """Let SIGTERM unwind like Ctrl-C, so that half-written folders are removed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
+        raise Stopped(number)
 
     try:
         previous = signal.signal(signal.SIGTERM, leave)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import IA3Error
+from ..errors import IA3Error, reason_of
+from ..files import open_file, read_model_config
 from .options import AUTO
 
 if TYPE_CHECKING:
@@ -54,21 +56,25 @@ def locate(path: Path) -> Source:
     The source is absolute: an adapter that is trained on it names its base by it.
     """
     path = path.absolute()
-    if not path.exists():
+    if not os.path.exists(path):
         raise IA3Error(f"{path} does not exist; MODEL is a model folder or a .gguf file on this machine.")
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            if (path / "adapter_config.json").is_file():
+        for found in path.iterdir():
+            if not found.is_file() and not found.is_dir():  # transformers opens whatever has the right name
+                raise IA3Error(f"{found} is a device, a FIFO, or a link that leads nowhere; take it away.")
+        if not os.path.lexists(path / "config.json"):
+            if os.path.lexists(path / "adapter_config.json"):
                 raise IA3Error(
                     f"{path} is an adapter, not a model; name its base model and pass the folder by --adapter."
                 )
             raise IA3Error(f"{path} has no config.json, so it is no model folder; name one, or a .gguf file.")
+        read_model_config(path / "config.json")
         return Source(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             magic = file.read(len(GGUF_MAGIC))
     except OSError as error:
-        raise IA3Error(f"{path} cannot be read: {error.strerror}.") from error
+        raise IA3Error(f"{path} cannot be read: {error.strerror}; name a model folder or a .gguf file.") from error
     if magic != GGUF_MAGIC:
         raise IA3Error(
             f"{path} is not a GGUF file (it does not begin with 'GGUF'); name a model folder or a .gguf file."
@@ -116,12 +122,14 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return torch.float32 if seconds(torch.bfloat16) > 1.25 * seconds(torch.float32) else torch.bfloat16
 
 
-def check_kernels(device: str, dtype: torch.dtype) -> None:
-    """Raise IA3Error if the backend that the environment asks for by name cannot run."""
+def check_kernels(device: str) -> None:
+    """Raise IA3Error for a word in the environment that means nothing here, or asks for a backend that cannot run."""
+    import torch
+
     from ia3_kernels import explain
 
     with _sentence("no kernel can run"):
-        explain("scaled_linear", device=device, dtype=dtype)
+        explain("scaled_linear", device=device, dtype=torch.bfloat16)
 
 
 def load(
@@ -182,8 +190,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
     """Return `model` with the adapter in `folder` on it. Raises IA3Error if the adapter is broken or does not fit."""
     from .. import PeftModel
 
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        what = "is a file" if os.path.exists(folder) else "does not exist"
         raise IA3Error(f"the adapter {folder} {what}; --adapter is the folder that `ia3 finetune` or PEFT wrote.")
     warn_if_merged(model, folder)
     with _sentence(f"the adapter {folder} cannot be loaded"):
@@ -196,14 +204,14 @@ def warn_if_merged(model: PreTrainedModel, folder: Path) -> None:
     from ..merging.checkpoint import digest
 
     merged = getattr(model.config, "ia3_merged_adapters", None)
-    if merged and digest(read_tensors(folder)) in merged:
+    if isinstance(merged, dict) and digest(read_tensors(folder)) in merged:
         warnings.warn(f"the adapter {folder} is in this model's weights already, so it acts twice.", stacklevel=2)
 
 
 def check_length(model: PreTrainedModel, length: int, what: str) -> None:
     """Raise IA3Error if `length` tokens (`what`, for the message) are more than the model has positions for."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
+    if isinstance(limit, int) and length > limit:
         raise IA3Error(f"{what} is {length:,} tokens, but the model takes at most {limit:,}; make it shorter.")
 
 
@@ -215,7 +223,4 @@ def _sentence(problem: str) -> Iterator[None]:
     except (IA3Error, MemoryError):
         raise
     except Exception as error:
-        # Some of transformers' reasons go on after a colon: "from one of:"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = " ".join(lines[:3] if lines[0].rstrip().endswith(":") else lines[:1])
-        raise IA3Error(f"{problem}: {reason[:300]}") from error
+        raise IA3Error(f"{problem}: {reason_of(error)}") from error

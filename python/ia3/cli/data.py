@@ -10,13 +10,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IA3Error
+from ..errors import IA3Error, reason_of
+from ..files import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +59,7 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises IA3Error, naming the file and where known the line, for whatever keeps it from being read.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise IA3Error(f"{path} does not exist; {FILES}.")
     if needs_datasets(path):
         return _checked((f"{path}, row {number}", row) for number, row in enumerate(_load_dataset(path)))
@@ -85,8 +87,7 @@ def _load_dataset(path: Path) -> Any:
             return list(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
         found = datasets.load_from_disk(str(path))
     except Exception as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise IA3Error(f"{path} cannot be read as a data set ({first[:200]}); {FILES}.") from error
+        raise IA3Error(f"{path} cannot be read as a data set ({reason_of(error)}); {FILES}.") from error
     if isinstance(found, datasets.Dataset):
         return found
     split = "train" if "train" in found else next(iter(found))
@@ -96,12 +97,9 @@ def _load_dataset(path: Path) -> Any:
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise IA3Error(f"{path} is a device; {FILES}.")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise IA3Error(f"{path} cannot be read: {error.strerror}.") from error
+    from ia3_kernels import target
+
+    raw = read_bytes(path, target.host_memory() // 4, FILES)
     if b"\0" in raw:
         raise IA3Error(f"{path} is not text (it has a zero byte at {raw.index(0)}); {FILES}.")
     try:
@@ -136,6 +134,8 @@ def parse_json(text: str, where: str, expected: str) -> Any:
         raise IA3Error(f"{where} is not JSON ({error.msg} at column {error.colno}); {expected}.") from error
     except RecursionError as error:
         raise IA3Error(f"{where} is nested too deeply; {expected}.") from error
+    except ValueError as error:  # a number of too many digits
+        raise IA3Error(f"{where} is not JSON ({reason_of(error)}); {expected}.") from error
 
 
 def _table(text: str, path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
@@ -298,7 +298,7 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[
         prompt = prompt[:-1]
     completion = _tokenize(tokenizer, row["completion"]) + end
     if len(prompt) + len(completion) < 2:
-        raise IA3Error(f"the pair with completion {row['completion']!r} is a single token; give it a prompt.")
+        raise IA3Error(f"the pair with completion {row['completion']!r:.200} is a single token; give it a prompt.")
     return [(prompt, False), (completion, True)]
 
 
@@ -337,7 +337,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # whatever a template raises, it raises about the turns
-        raise IA3Error(f"the model's chat template refuses the chat: {str(error)[:200]}.") from error
+        raise IA3Error(f"the model's chat template refuses the chat: {reason_of(error)}.") from error
 
 
 def _sequence(pieces: Iterable[_Piece]) -> Tokens:

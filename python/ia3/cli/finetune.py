@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from rich.markup import escape
 from typer import Option
 
 from ..errors import IA3Error
-from ..files import atomic_folder
+from ..files import atomic_folder, check_parent, follow
 from . import options
+from .boundary import Stopped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -144,8 +146,8 @@ class Finetune:
 
             settings = training.parse(self.context.args)
         device = checkpoints.pick_device(self.device)
+        checkpoints.check_kernels(device)
         dtype = checkpoints.pick_dtype(self.dtype, device)
-        checkpoints.check_kernels(device, dtype)
         with stderr.status(escape(f"loading {source.path}")):
             tokenizer, base = checkpoints.load(source, dtype, device, self.load_in_4bit)
             corpus = reading.prepare(
@@ -171,6 +173,10 @@ class Finetune:
             with training_bar(stderr) as report:
                 log = training.fit(model, tokenizer, corpus, self.output, report, self.resume, **(arguments | settings))
             self._write(source, model, corpus, log, dtype)
+        except (KeyboardInterrupt, Stopped) as stop:
+            if not (self.output / METRICS).exists():
+                raise
+            raise Stopped(getattr(stop, "number", signal.SIGINT), f"{self.output} is whole.") from None
         finally:
             if self.output.is_dir() and not any(self.output.iterdir()):
                 self.output.rmdir()
@@ -197,8 +203,6 @@ class Finetune:
 
 def check_output(output: Path, resume: bool = False) -> None:
     """Raise IA3Error if `output` cannot become a new folder, or is none with what an earlier run left to resume."""
-    from .output import check_parent, follow
-
     output = follow(output)
     is_there = output.is_dir() and any(output.iterdir())
     if is_there and not resume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.markup import escape
 from typer import Option
 
 from ..errors import IA3Error
+from ..files import LONGEST_TEXT, check_file
 from . import options
 
 
@@ -78,7 +80,7 @@ class Generate:
 
     def run(self) -> int:
         """Return the exit code: 0, or that of a user's error if a request failed."""
-        from . import answers, checkpoints, output, requests
+        from . import answers, checkpoints, requests
 
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise IA3Error(
@@ -89,7 +91,7 @@ class Generate:
         if self.requests is not None and (self.prompt or (self.adapter and self.adapters)):
             raise IA3Error("--requests names its own prompts; leave --prompt out, and one of --adapter and --adapters.")
         if self.output is not None:
-            output.check_file(self.output)
+            check_file(self.output)
         source = checkpoints.locate(self.model)
         checkpoints.require(
             "ia3 generate",
@@ -104,6 +106,7 @@ class Generate:
             import torch  # noqa: F401  (what follows needs it; the status says why nothing happens)
 
         device = checkpoints.pick_device(self.device)
+        checkpoints.check_kernels(device)
         with stderr.status(escape(f"loading {source.path}")):
             dtype = checkpoints.pick_dtype(self.dtype, device)
             tokenizer, model = checkpoints.load(source, dtype, device, self.load_in_4bit)
@@ -127,9 +130,11 @@ def _piped() -> list[str]:
     if sys.stdin.isatty():
         raise IA3Error("there is no prompt; give --prompt TEXT (as often as you like) or pipe one in.")
     try:
-        text = sys.stdin.read()
+        text = sys.stdin.read(LONGEST_TEXT + 1)
     except UnicodeDecodeError as error:
         raise IA3Error("what was piped in as the prompt is not text in the terminal's encoding; give UTF-8.") from error
+    if len(text) > LONGEST_TEXT:
+        raise IA3Error(f"what was piped in as the prompt is longer than {LONGEST_TEXT:,} characters; give less.")
     if not text.strip():
         raise IA3Error("what was piped in as the prompt is empty; give --prompt TEXT or pipe text.")
     return [text.rstrip("\n")]
@@ -137,7 +142,7 @@ def _piped() -> list[str]:
 
 def _folders(path: Path) -> dict[str, Path]:
     """Return the sub-folders that hold an adapter, by name. Raises IA3Error where there are none."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise IA3Error(f"{path} is no folder; --adapters is a folder with a sub-folder for each adapter.")
     found = {child.name: child for child in sorted(path.iterdir()) if (child / "adapter_config.json").is_file()}
     if not found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,19 +11,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import printable
+from .boundary import Stopped
+
 
 def run(base: Path, adapter: Path, out: Path, link: bool) -> None:
     """Merges the adapter into a copy of the base at `out`. Raises IA3Error."""
     with Console(stderr=True).status("importing torch"):
         from ..merging.checkpoint import plan_merge, write_merged
     plan = plan_merge(base, adapter, out)
-    with _bar("merging", plan.checkpoint.nbytes) as advance:
-        write_merged(plan, out, link=link, advance=advance)
-    tensors, nbytes = len({change.entry for change in plan.changes}), sum(change.nbytes for change in plan.changes)
-    print(f"Merged {tensors} tensors ({_size(nbytes)}) into {out}.")
-    if plan.checkpoint.left_out:
-        names = ", ".join(str(path.relative_to(base)) for path in plan.checkpoint.left_out)
-        print(f"Not merged, and not copied: {names}, which hold weights of their own.")
+    try:
+        with _bar("merging", plan.checkpoint.nbytes) as advance:
+            write_merged(plan, out, link=link, advance=advance)
+        tensors, nbytes = len({change.entry for change in plan.changes}), sum(change.nbytes for change in plan.changes)
+        print(f"Merged {tensors} tensors ({_size(nbytes)}) into {printable(str(out))}.")
+        if plan.checkpoint.left_out:
+            names = ", ".join(str(path.relative_to(base)) for path in plan.checkpoint.left_out)
+            print(f"Not merged, and not copied: {printable(names)}, which hold weights of their own.")
+    except (KeyboardInterrupt, Stopped) as stop:
+        what = "is whole" if os.path.lexists(out) else "was not made"
+        raise Stopped(getattr(stop, "number", signal.SIGINT), f"{out} {what}.") from None
 
 
 @contextmanager

@@ -1,10 +1,9 @@
-"""Where `-o` may lead: checked before the work, and never through a link that somebody else laid."""
+"""Answers to a file, a device or stdout, line by line."""
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,41 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import IA3Error
-
-
-def check_parent(path: Path) -> None:
-    """Raise IA3Error if nothing can be made at `path`, because of the folders on its way."""
-    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir():
-        raise IA3Error(f"the output {path} cannot be made: {parent} is a file.")
-    if not os.access(parent, os.W_OK):
-        raise IA3Error(f"the output {path} cannot be made: {parent} may not be written to.")
-
-
-def follow(path: Path) -> Path:
-    """Return where a link leads, or `path` itself. Raises IA3Error for somebody else's link.
-
-    A link in a folder where everybody may write (`/tmp`) counts only if it is the user's or the folder owner's: Linux's
-    own rule, kept where Linux was told not to.
-    """
-    if not path.is_symlink():
-        return path
-    folder, link = path.absolute().parent.stat(), path.lstat()
-    if folder.st_mode & stat.S_IWOTH and link.st_uid not in (os.geteuid(), folder.st_uid):
-        raise IA3Error(f"the output {path} is a link that somebody else made; choose another name.")
-    return path.resolve()
-
-
-def check_file(path: Path) -> Path:
-    """Return where a file at `path` is to be written: there, or where the user's own link leads. Raises IA3Error."""
-    path = follow(path)
-    if path.is_dir():
-        raise IA3Error(f"the output {path} is a folder; name a file.")
-    if not path.exists() or path.is_file():
-        check_parent(path)
-    elif not os.access(path, os.W_OK):
-        raise IA3Error(f"the output {path} may not be written to; name another file.")
-    return path
+from ..files import check_file
 
 
 @contextmanager

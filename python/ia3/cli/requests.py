@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import IA3Error
+from ..files import LONGEST_TEXT
 from .data import check_messages, parse_json
 
 BASE_NAME = "__base__"
@@ -31,9 +33,13 @@ def read(path: Path) -> list[tuple[int, bytes]]:
     Lines end at a newline and nowhere else: JSON may hold what other programs take for the end of a line.
     """
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        # A FIFO is as good as a file: `--requests <(...)`
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            content = file.read(LONGEST_TEXT + 1)
     except OSError as error:
         raise IA3Error(f"{path} cannot be read: {error.strerror}; --requests is a file of JSON Lines.") from error
+    if len(content) > LONGEST_TEXT:
+        raise IA3Error(f"{path} has more than {LONGEST_TEXT:,} bytes; give fewer requests at a time.")
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # a byte-order mark is no part of the first request
     found = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
@@ -61,7 +67,7 @@ def parse(content: dict[str, Any], adapters: Collection[str], max_new_tokens: in
     """
     unknown = sorted(content.keys() - set(FIELDS))
     if unknown:
-        raise IA3Error(f"it has the field {unknown[0]!r}; expected no others than {', '.join(FIELDS)}.")
+        raise IA3Error(f"it has the field {unknown[0]!r:.200}; expected no others than {', '.join(FIELDS)}.")
     prompt, adapter = content.get("prompt"), content.get("adapter")
     if content.get("messages") is not None:
         if prompt is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from ..errors import IA3Error
+from ..errors import IA3Error, reason_of
+from ..files import files_in
 from .boundary import Stopped, say
 from .data import IGNORED, Corpus
 
@@ -95,7 +97,7 @@ def fit(
             callbacks=[watch],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what it says of its own arguments
-        raise IA3Error(f"transformers' Trainer refuses its options: {str(error)[:300]}") from error
+        raise IA3Error(f"transformers' Trainer refuses its options: {reason_of(error)}") from error
     trainer.remove_callback(PrinterCallback)
     try:
         if state and state.global_step >= steps:  # the Trainer would do one more
@@ -114,8 +116,10 @@ def fit(
 
 def _last_checkpoint(folder: Path) -> tuple[str | None, TrainerState | None]:
     """Return the newest checkpoint that is whole, and its state, which the Trainer writes last."""
-    found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    names = re.compile(r"checkpoint-([0-9]{1,18})")
+    found = {int(match[1]): path for path in folder.iterdir() if (match := names.fullmatch(path.name))}
     for _, path in sorted(found.items(), reverse=True):
+        list(files_in(path))  # the Trainer reads whatever has the right name
         with contextlib.suppress(OSError, ValueError, TypeError):
             return str(path), TrainerState.load_from_json(str(path / "trainer_state.json"))
     return None, None

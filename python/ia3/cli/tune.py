@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..errors import IA3Error
+from . import checkpoints
 
 # Two octaves apart: every number of rows up to four times the last has a measurement within a factor of two.
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -80,8 +81,7 @@ def _shapes_of(folder: Path) -> set[tuple[str, int, int, bool]]:
     from ..layers import plain_weight
     from ..matching import is_linear, plan_adapter
 
-    if not (folder / "config.json").is_file():
-        raise IA3Error(f"there is no config.json in {folder}; name the folder of a transformers model.")
+    checkpoints.locate(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     found = set()

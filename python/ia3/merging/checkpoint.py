@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import warnings
 from collections import defaultdict
@@ -26,8 +27,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import KEY_PREFIX, read_tensors
 from ..config import IA3Config
-from ..errors import IA3Error
+from ..errors import IA3Error, reason_of
 from ..experts import ExpertsMatrix, stacked
+from ..files import atomic_folder, read_json
 from ..matching import is_feedforward
 from .shards import (
     FLOATS,
@@ -37,8 +39,6 @@ from .shards import (
     Entry,
     check_out,
     read_checkpoint,
-    read_json,
-    scratch_folder,
     write_copy,
 )
 
@@ -59,7 +59,7 @@ class MergePlan:
 
 def merged_adapters(folder: Path) -> dict[str, str]:
     """Return the names of the adapters that a checkpoint's folder says it holds, by the digests of their tensors."""
-    found = read_json(folder / "config.json").get(_MERGED_KEY) if (folder / "config.json").is_file() else None
+    found = read_json(folder / "config.json").get(_MERGED_KEY) if os.path.lexists(folder / "config.json") else None
     return {str(digest): str(name) for digest, name in found.items()} if isinstance(found, dict) else {}
 
 
@@ -85,7 +85,7 @@ def plan_merge(base: Path, adapter: Path, out: Path) -> MergePlan:
     merged checkpoint cannot go to ``out``.
     """
     checkpoint = read_checkpoint(base)
-    if not adapter.is_dir():
+    if not os.path.isdir(adapter):
         raise IA3Error(f"the adapter {adapter} is no folder; name the one that save_pretrained wrote.")
     config, whole, names = IA3Config.from_pretrained(adapter), read_tensors(adapter), _Names(checkpoint)
     tensors = whole if names.model is None else stacked(names.model, whole)[0]
@@ -94,7 +94,7 @@ def plan_merge(base: Path, adapter: Path, out: Path) -> MergePlan:
     changes: dict[tuple[Path, int], Change] = {}
     for key, tensor in sorted(tensors.items()):
         if not key.startswith(KEY_PREFIX) or not tensor.is_floating_point():
-            raise IA3Error(f"{adapter} has {key!r} as {tensor.dtype}, which is no tensor of IA3's; save it again.")
+            raise IA3Error(f"{adapter} has {key!r:.200} as {tensor.dtype}, which is no tensor of IA3's; save it again.")
         name = key.removeprefix(KEY_PREFIX)
         for change in (_scaled if name.endswith(_VECTOR_SUFFIX) else _replaced)(names, config, name, tensor):
             # One place may have two names, an embedding's and that of a head that is tied to it: with the same values.
@@ -110,7 +110,7 @@ def write_merged(plan: MergePlan, out: Path, *, link: bool = False, advance: Adv
     link: shards that no vector changes become hard links to the base's, where the file system can. advance: told of
     bytes as they are written, from several threads. Raises :class:`IA3Error`, and leaves nothing then.
     """
-    with scratch_folder(out) as content:
+    with atomic_folder(out, is_new=True) as content:
         write_copy(plan.checkpoint, plan.changes, content, link, advance)
         merged = {**merged_adapters(plan.checkpoint.folder), plan.digest: plan.adapter.resolve().name}
         config = {**plan.checkpoint.config, _MERGED_KEY: merged}
@@ -174,11 +174,11 @@ class _Names:
         found, folder = self.stored(name), self.checkpoint.folder
         if not found:
             raise IA3Error(
-                f"{what} finds no {name!r} in {folder}, where it may be fused, quantized or named otherwise; name the "
-                "base that the adapter was trained on, or merge in a loaded model (merge_and_unload)."
+                f"{what} finds no {name!r:.200} in {folder}, where it may be fused, quantized or named otherwise; name "
+                "the base that the adapter was trained on, or merge in a loaded model (merge_and_unload)."
             )
         if len(found) > 1:
-            raise IA3Error(f"{folder} holds {name!r} twice, and nobody can tell which one counts; get it again.")
+            raise IA3Error(f"{folder} holds {name!r:.200} twice, and nobody can tell which one counts; get it again.")
         return _checked(found[0])
 
     def refuse_tied(self, name: str, what: str) -> None:
@@ -190,8 +190,8 @@ class _Names:
             others = "another (transformers does not have the model's class, and its config.json does not say)"
         if others:
             raise IA3Error(
-                f"{what} changes {name!r}, which is tied to {others}, and a checkpoint cannot hold both; merge in a "
-                "loaded model (merge_and_unload), which unties them."
+                f"{what} changes {name!r:.200}, which is tied to {others}, and a checkpoint cannot hold both; merge in "
+                "a loaded model (merge_and_unload), which unties them."
             )
 
 
@@ -216,23 +216,20 @@ def _model_without_values(checkpoint: Checkpoint) -> Any:
         with torch.device("meta"):
             return kind(kind.config_class.from_pretrained(checkpoint.folder, local_files_only=True))
     except Exception as error:  # whatever a wrong configuration leads to, in any of some hundred classes
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        path = checkpoint.folder / "config.json"
-        raise IA3Error(f"{path} describes no {kind.__name__} ({first}); correct it, or get it again.") from None
+        path, reason = checkpoint.folder / "config.json", reason_of(error)
+        raise IA3Error(f"{path} describes no {kind.__name__} ({reason}); correct it, or get it again.") from None
 
 
 def _scaled(names: _Names, config: IA3Config, key: str, vector: Tensor) -> list[Change]:
     """Return what a vector changes: its layer's weight and, where it scales outputs, bias."""
     path = key.removesuffix(_VECTOR_SUFFIX)
     if names.model is not None and (own := names.own(path)) in dict(names.model.named_parameters()):
-        return _scaled_experts(names, own, f"the vectors of {path!r}", vector)
-    what, name, bias = f"the vector of {path!r}", names.own(f"{path}.weight"), names.own(f"{path}.bias")
+        return _scaled_experts(names, own, f"the vectors of {path!r:.200}", vector)
+    what, name, bias = f"the vector of {path!r:.200}", names.own(f"{path}.weight"), names.own(f"{path}.bias")
     entry = names.entry(name, what)
     names.refuse_tied(name, what)
     is_input = is_feedforward(path, config.feedforward_modules)
     scale = vector.detach().float().reshape(-1)  # as in a loaded model, whose vectors are fp32
-    if not scale.isfinite().all():
-        raise IA3Error(f"{what} has values that are not finite; train it again.")
     shape, length = entry.shape, scale.numel()
     side = f"and feedforward_modules says that its {'inputs' if is_input else 'outputs'} are scaled"
     if vector.dim() != len(shape) or len(shape) < 2 or (len(shape) == 2 and vector.shape[not is_input] != 1):
@@ -300,10 +297,10 @@ def _scaled_experts(names: _Names, name: str, what: str, vectors: Tensor) -> lis
 
 def _replaced(names: _Names, config: IA3Config, key: str, tensor: Tensor) -> list[Change]:
     """Return what a tensor of ``modules_to_save`` takes the place of, in the base's dtype."""
-    what, name = f"what the adapter holds whole, {key!r},", names.own(key)
+    what, name = f"what the adapter holds whole, {key!r:.200},", names.own(key)
     entry = names.entry(name, what)
     # What save_pretrained adds of embeddings is as the model has them, ties included; what was trained breaks them.
-    if any(re.search(rf"(^|\.){re.escape(part)}\.", key) for part in config.modules_to_save or ()):
+    if any(f".{part}." in f".{key}" for part in config.modules_to_save or ()):
         names.refuse_tied(name, what)
     if tuple(tensor.shape) != entry.shape:
         raise _misfit(what, tensor, entry, "which it has to have")
@@ -314,6 +311,6 @@ def _replaced(names: _Names, config: IA3Config, key: str, tensor: Tensor) -> lis
 
 def _misfit(what: str, tensor: Tensor, entry: Entry, why: str) -> IA3Error:
     return IA3Error(
-        f"{what} has shape {list(tensor.shape)}, but {entry.name!r} in {entry.file} has shape {list(entry.shape)}, "
-        f"{why}; name the base that the adapter was trained on."
+        f"{what} has shape {list(tensor.shape)!s:.200}, but {entry.name!r:.200} in {entry.file} has shape "
+        f"{list(entry.shape)!s:.200}, {why}; name the base that the adapter was trained on."
     )

@@ -8,17 +8,13 @@ stays mapped until the file is closed, so that a merge would take a shard of mem
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import json
 import os
 import shutil
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +25,9 @@ from torch import Tensor
 
 from ia3_kernels import scale_weight_
 
-from ..errors import IA3Error
+from ..checkpoint import check_header
+from ..errors import IA3Error, reason_of
+from ..files import files_in, open_file, read_json, read_model_config
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -62,7 +60,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder: its weights, files that are none (tokenizers, the index), and weights that it is not made of."""
+    """A model folder: its weights, files that are none (tokenizers, the index), and weights that it is not made of.
+
+    states: by which a file is the one whose header was read.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -70,11 +71,12 @@ class Checkpoint:
     entries: list[Entry]
     others: list[Path]
     left_out: list[Path]
+    states: dict[Path, tuple[int, ...]]
 
     @property
     def nbytes(self) -> int:
         """Return what a copy takes on a disk."""
-        return sum(path.stat().st_size for path in (*self.shards, *self.others))
+        return sum(self.states[path][0] for path in (*self.shards, *self.others))
 
 
 @dataclass(frozen=True)
@@ -114,31 +116,21 @@ class Change:
         matrix.copy_(values) if self.dim < 0 else scale_weight_(matrix, values, self.dim)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises :class:`IA3Error`."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise IA3Error(f"{path} cannot be read as JSON ({error}); get the file again.") from None
-    if not isinstance(content, dict):
-        raise IA3Error(f"{path} holds a {type(content).__name__}; expected a JSON object: get the file again.")
-    return content
-
-
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read configuration, index and headers of a model folder.
 
     Raises :class:`IA3Error` for a folder that is none, for weights in another format, and for shards that are missing,
     damaged, cut short or outside of the folder.
     """
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+    if not os.path.lexists(folder / "config.json"):
+        what = "has no config.json" if folder.is_dir() else "is a file" if os.path.exists(folder) else "does not exist"
         raise IA3Error(f"{folder} {what}; name the folder of a model in transformers' format.")
-    config = read_json(folder / "config.json")
+    config = read_model_config(folder / "config.json")
     shards = _shards(folder)
     others: list[Path] = []
     left_out: list[Path] = []
-    for path in sorted({*_files(folder)} - {*shards}):
+    states = {path: _state(path.stat()) for path in files_in(folder)}
+    for path in sorted(states.keys() - {*shards}):
         is_index = path == folder / INDEX_NAME and folder / SINGLE_NAME not in shards
         is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name in _WEIGHT_NAMES
         (left_out if is_weights and not is_index else others).append(path)
@@ -147,14 +139,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise IA3Error(
             f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME} ({found}); save the model with save_pretrained first."
         )
-    return Checkpoint(folder, config, shards, [entry for path in shards for entry in _entries(path)], others, left_out)
+    entries = [entry for path in shards for entry in _entries(path)]
+    return Checkpoint(folder, config, shards, entries, others, left_out, states)
+
+
+def _state(file: os.stat_result) -> tuple[int, ...]:
+    return file.st_size, file.st_ino, file.st_mtime_ns
 
 
 def _shards(folder: Path) -> list[Path]:
     if (folder / SINGLE_NAME).is_file():  # transformers takes it before an index, too
         return [folder / SINGLE_NAME]
     path = folder / INDEX_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -162,29 +159,26 @@ def _shards(folder: Path) -> list[Path]:
     names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise IA3Error(f"{path} names the file {name!r}; expected a .safetensors file beside it: get it again.")
-        if not (folder / name).is_file():
-            raise IA3Error(f"{folder} lacks {name}, which {INDEX_NAME} names; get the whole model.")
+            raise IA3Error(
+                f"{path} names the file {name!r:.200}; expected a .safetensors file beside it: get it again."
+            )
+        if not os.path.isfile(folder / name):
+            raise IA3Error(f"{folder} lacks {name:.200}, which {INDEX_NAME} names; get the whole model.")
     return [folder / name for name in names]
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = {*folders} - {".git", ".cache"}  # other programs' own
-        for path in (Path(parent, name) for name in (*folders, *names)):
-            if not path.is_file() and (path.is_symlink() or not path.is_dir()):
-                raise IA3Error(f"{path} is neither a file nor a folder of the model's own; take it away.")
-            if path.is_file():
-                yield path
 
 
 def _entries(path: Path) -> Iterator[Entry]:
     try:
-        with safe_open(path, "pt"), open(path, "rb") as file:  # the first of them checks all that is in the header
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise IA3Error(f"{path} is damaged or cut short ({error}); get it again.") from None
+        with open_file(path) as file:
+            start = file.read(8)
+            check_header(path, start, os.fstat(file.fileno()).st_size)
+            with safe_open(path, "pt"):  # checks all that is in the header
+                length = int.from_bytes(start, "little")
+                header = json.loads(file.read(length))
+    except IA3Error:
+        raise
+    except (OSError, ValueError, MemoryError, SafetensorError) as error:
+        raise IA3Error(f"{path} is damaged or cut short ({reason_of(error)}); get it again.") from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
         yield Entry(name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
@@ -222,7 +216,7 @@ def write_copy(checkpoint: Checkpoint, changes: Sequence[Change], content: Path,
         if link and not own and source in checkpoint.shards:
             with suppress(OSError):  # another file system, or one without links: it is copied
                 return os.link(source.resolve(), target)
-        _copy_changed(source, target, own, advance_or_end)
+        _copy_changed(source, checkpoint.states[source], target, own, advance_or_end)
 
     # Torch computes in this many threads itself: small blocks make threads wait for each other more than they help.
     threads = torch.get_num_threads()
@@ -235,14 +229,19 @@ def write_copy(checkpoint: Checkpoint, changes: Sequence[Change], content: Path,
             torch.set_num_threads(threads)
 
 
-def _copy_changed(source: Path, target: Path, changes: Sequence[Change], advance: Advance) -> None:
+def _copy_changed(
+    source: Path, state: tuple[int, ...], target: Path, changes: Sequence[Change], advance: Advance
+) -> None:
     """Copy one file from its first byte to its last, with these changes."""
     buffer = memoryview(bytearray(max([BLOCK_BYTES, *(change.row_bytes for change in changes)])))
-    with open(source, "rb") as read, open(target, "xb") as written:
+    with open_file(source) as read, open(target, "xb") as written:
+
+        def check(is_same: bool) -> None:
+            if not is_same:  # cut, replaced or written to: by whoever trains on, or by another merge
+                raise IA3Error(f"{source} changed while it was read; leave it alone meanwhile.")
 
         def copy(size: int, change: Change | None = None, values: Tensor | None = None) -> None:
-            if read.readinto(buffer[:size]) != size:
-                raise IA3Error(f"{source} became shorter while it was read; leave it alone meanwhile.")
+            check(read.readinto(buffer[:size]) == size)  # type: ignore[attr-defined]
             if change is not None and values is not None:
                 change.apply(buffer[:size], values)
             written.write(buffer[:size])
@@ -252,47 +251,10 @@ def _copy_changed(source: Path, target: Path, changes: Sequence[Change], advance
             while (left := stop - read.tell()) > 0:
                 copy(min(left, BLOCK_BYTES))
 
+        check(_state(os.fstat(read.fileno())) == state)
         for change in sorted(changes, key=lambda change: change.start):
             copy_until(change.start)
             for size, values in change.blocks():
                 copy(size, change, values)
-        copy_until(os.fstat(read.fileno()).st_size)
-
-
-@contextmanager
-def scratch_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``out``, which becomes it at the end; after an error or an interrupt it is gone.
-
-    What a killed process left is removed by the next call for the same ``out``, with a warning: a lock, which ends
-    with its process, tells it from the folder of one at work. Raises :class:`IA3Error`.
-    """
-    prefix, scratch = f".{out.name}.ia3-merge.", None
-    for left in sorted(out.parent.glob(glob.escape(prefix) + "*")):
-        with suppress(OSError):
-            left.rmdir()  # one without files: killed before it had its lock, or after
-        # Nothing is removed on a file system without locks, where nobody can tell.
-        with suppress(OSError), open(left / "lock", "rb+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not left.is_symlink():
-                _remove(left)
-                warnings.warn(f"{left}, which a merge that was killed had left behind, is removed.", stacklevel=4)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-        with open(scratch / "lock", "xb") as lock:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            content = scratch / "content"
-            content.mkdir()
-            yield content
-            os.rename(content, out)  # fails where a file, or a folder with files, came to be there meanwhile
-    except OSError as error:
-        raise IA3Error(f"cannot write {out}: {error.strerror or error}; nothing was left there.") from error
-    finally:
-        if scratch is not None:
-            _remove(scratch)
-
-
-def _remove(scratch: Path) -> None:
-    shutil.rmtree(scratch / "content", ignore_errors=True)  # first: without its lock it would be nobody's
-    shutil.rmtree(scratch, ignore_errors=True)
+        copy_until(state[0])
+        check(_state(os.fstat(read.fileno())) == state)

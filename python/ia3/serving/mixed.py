@@ -65,7 +65,7 @@ class Source(Protocol):
 
 
 class MixedBatch:
-    """Within the block, each sequence of a batch runs with the adapter named for it, in this thread.
+    """Within the block, each sequence of a batch runs with the adapter named for it, in this thread or coroutine.
 
     tuner: the model's, ``model.base_model``.
     adapter_names: an adapter for each sequence, ``__base__`` for none.
@@ -117,14 +117,17 @@ class MixedBatch:
     def __enter__(self) -> MixedBatch:
         if self._routing is not None:
             raise IA3Error("the route is entered already; make another for a second batch.")
-        source = open_source(self._tuner, self._names)
-        try:
-            rows = source.rows(self._names)
-            device = next(self._tuner.model.parameters()).device
-            self._routing = RowRouting(source.scales, rows, device, self._repeats)
-        except BaseException:
-            source.close()
-            raise
+        gate = self._tuner.gate
+        with gate.reading():  # what is merged is seen, and what is not yet will not be
+            source = open_source(self._tuner, self._names)
+            try:
+                rows = source.rows(self._names)
+                device = next(self._tuner.model.parameters()).device
+                self._routing = RowRouting(source.scales, rows, device, self._repeats)
+            except BaseException:
+                source.close()
+                raise
+            gate.routes.add(self)
         self._source = source
         self._routing.__enter__()
         return self
@@ -135,6 +138,7 @@ class MixedBatch:
         assert self._source is not None
         self._routing.__exit__()
         self._source.close()
+        self._tuner.gate.routes.discard(self)
         self._routing = self._source = None
 
 

@@ -1,7 +1,8 @@
 """Which adapter each row of a batch takes: an index that every layer of a model reads while a batch runs.
 
-The index belongs to the thread that runs the batch, so that batches of different mixes may run at once on one model. It
-is one int32 tensor, and :meth:`RowRouting.assign` writes into it: what has captured it (a CUDA graph) stays valid.
+The index belongs to the context that runs the batch, a thread's or a coroutine's, so that batches of different mixes
+may run at once on one model. It is one int32 tensor, and :meth:`RowRouting.assign` writes into it: what has captured it
+(a CUDA graph) stays valid.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IA3Error
-from ..layers import Routing, thread
+from ..layers import Routing, current, route
 
 BASE = -1  # the row of the base model, as in the operators' adapter_index
 # Shapes of activations that one batch has at a time: prompt and token, or those of an encoder and a decoder.
@@ -99,13 +100,22 @@ class RowRouting:
         )
 
     def __enter__(self) -> RowRouting:
-        self.outer = thread.routing
-        thread.routing = self
+        self.outer = _open(current.routing)
+        route(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        thread.routing = self.outer
-        self.outer = None
+        # It is over for whoever has inherited it, too, and it may not be the innermost: without scales it routes no
+        # layer, and others pass it over.
+        self.scales = {}
+        route(_open(current.routing))
+
+
+def _open(routing: Routing | None) -> Routing | None:
+    """Return the innermost routing that was not left."""
+    while routing is not None and not routing.scales:
+        routing = routing.outer
+    return routing
 
 
 class TokenRouting(RowRouting):
