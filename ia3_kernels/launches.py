@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 # So many rows are padded to one tile of the tensor cores: the weight is streamed once, and all else is small.
 FEW_ROWS = 16
-# So many weights of a row are merged together or, where some cannot be undone by their parity alone, left for later.
-EXACT_UNIT = 256
+# Columns of a thread that merges exactly: its lowest bits are a byte.
+EXACT_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def weight_launch(rows: int, cols: int, element_size: int, lanes: int = 32) -> W
     return WeightLaunch(_power_of_two(rows, 1, 8), strip, warps)
 
 
-def exact_launch(rows: int) -> WeightLaunch:
-    """Return a launch of one warp, which has 256 weights of four rows in flight."""
-    return WeightLaunch(_power_of_two(rows, 1, 4), EXACT_UNIT, 1)
+def exact_launch(rows: int, lanes: int = 32) -> WeightLaunch:
+    """Return a launch of one warp, which has eight columns a thread of four rows in flight."""
+    return WeightLaunch(_power_of_two(rows, 1, 4), EXACT_COLUMNS * lanes, 1)
 
 
 def linear_launch(

@@ -38,7 +38,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import ia3_kernels.triton
 from ia3_kernels import exact_gpu
-from ia3_kernels.launches import EXACT_UNIT, FEW_ROWS, Architecture, activation_launch, weight_launch
+from ia3_kernels.launches import FEW_ROWS, Architecture, activation_launch, exact_launch, weight_launch
 from ia3_kernels.schemas import ACTIVATIONS, parity_shape, pattern_dtype
 from ia3_kernels.triton import activation, exact, linear, scale_pair, weight
 
@@ -163,21 +163,21 @@ def _exact(rows: int, cols: int, dtype: torch.dtype, step: str, dim: int, is_ali
         matrix = _empty(dtype, rows, cols, is_aligned=is_aligned)
         scale = _empty(torch.float32, *((1,) if dim else ()), (rows, cols)[dim])
         parity = _empty(torch.uint8, *parity_shape(matrix))
-        counts = _empty(torch.int16, 4 + rows * -(-cols // EXACT_UNIT))
+        launch = exact_launch(rows, architecture.lanes)
+        counts = _empty(torch.int16, 4 + rows * -(-cols // launch.BLOCK_N))
+        run = functools.partial(exact.exact_scale, launch=launch)
         if step == "check":
-            exact.exact_scale(exact_gpu.CHECK, matrix, None, scale, dim, workspace=counts)
+            run(exact_gpu.CHECK, matrix, None, scale, dim, workspace=counts)
             return
         old, new = None if step == "merge" else scale, None if step == "unmerge" else scale
         escapes = (_empty(torch.int64, 5), _empty(matrix.dtype, 5).view(pattern_dtype(dtype)))
         if step == "collect":
             found = (_empty(torch.int64, len(counts) - 4), *escapes)
-            exact.exact_scale(exact_gpu.COLLECT, matrix, old, new, dim, parity, *escapes, counts, *found)
+            run(exact_gpu.COLLECT, matrix, old, new, dim, parity, *escapes, counts, *found)
         elif step == "take back":
-            exact.exact_scale(exact_gpu.TAKE_BACK, matrix, old, new, dim, parity, None, None, counts)
+            run(exact_gpu.TAKE_BACK, matrix, old, new, dim, parity, None, None, counts)
         else:
-            exact.exact_scale(
-                exact_gpu.MOVE, matrix, old, new, dim, parity, None, None, None if new is None else counts
-            )
+            run(exact_gpu.MOVE, matrix, old, new, dim, parity, None, None, None if new is None else counts)
 
     return Case(f"exact {step} {rows} x {cols}, dim {dim}", is_aligned, call)
 

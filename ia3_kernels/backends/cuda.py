@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[i
     return matmul.describe(device, dtype, shape, sorted(routes.available()), is_captured=False)
 
 
+_UNIT = 256  # of csrc/cuda/exact_scale.cu
+
+
 def _exact_scale(*args: Any) -> None:
     target.native_library().cuda.exact_scale(*args)  # type: ignore[union-attr]
 
@@ -27,7 +31,8 @@ BACKEND = Backend(
     description="compiled CUDA kernels",
     device_types=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-    operators=exact_gpu.operators(_exact_scale),
+    operators=exact_gpu.operators(_exact_scale, _UNIT),
+    move_all=functools.partial(exact_gpu.move_all, _exact_scale, _UNIT),
     compiled=frozenset(COMPILED),
     unavailable=target.cuda_problem,
     detail=_detail,

@@ -9,8 +9,8 @@ exact_scale_kernel   merge: w' = round(w l), parity = w & 1                     
 stays_finite_kernel  whether all of round(w l) is finite                                  N K b
 ===================  ===================================================================  ===========================
 
-A program is one warp: 256 adjacent weights, a unit, of BLOCK_M rows, whose loads are in flight together. So it takes no
-barrier to find out whether a unit has escapes; ``exact_gpu`` says what becomes of those that have.
+A program is one warp: 8 adjacent weights a thread, a unit, of BLOCK_M rows, whose loads are in flight together. So it
+takes no barrier to find out whether a unit has escapes; ``exact_gpu`` says what becomes of those that have.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..exact_gpu import CHECK, COLLECT, MOVE, TAKE_BACK, counts_of, total_of
-from ..launches import WeightLaunch, exact_launch
-from .functions import round_to
+from ..launches import EXACT_COLUMNS, WeightLaunch, exact_launch
+from .functions import LANES, round_to
 
+UNIT = EXACT_COLUMNS * LANES
 _MOVE: tl.constexpr = tl.constexpr(MOVE)
 _COLLECT: tl.constexpr = tl.constexpr(COLLECT)
 _TAKE_BACK: tl.constexpr = tl.constexpr(TAKE_BACK)
@@ -240,7 +241,7 @@ def exact_scale(
     scale = new if old is None else old
     assert scale is not None
     rows_per_group = rows if dim == 0 else rows // len(scale)
-    launch = launch or exact_launch(rows_per_group)
+    launch = launch or exact_launch(rows_per_group, LANES)
     units = triton.cdiv(cols, launch.BLOCK_N)
     grid = (rows // rows_per_group * triton.cdiv(rows_per_group, launch.BLOCK_M) * units,)
     constants = {"SCALES_ROWS": dim == 0, "BLOCK_M": launch.BLOCK_M, "BLOCK_N": launch.BLOCK_N}
