@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import ia3
-from ia3.cli import boundary, main
+from ia3.cli import boundary
+from ia3.cli.app import main
 from ia3.cli import merge as command
 from ia3.files import atomic_folder, atomic_write_text
 from ia3.merging import checkpoint, shards

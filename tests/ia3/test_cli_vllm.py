@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import ia3
-from ia3.cli import main
+from ia3.cli.app import main
 
 from .commands import sentence
 
