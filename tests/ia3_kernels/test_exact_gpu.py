@@ -103,7 +103,7 @@ def _widen_triton(monkeypatch: pytest.MonkeyPatch, unit: int) -> None:
 @pytest.mark.parametrize("dtype", SMALL, ids=str)
 def test_every_16_bit_pattern(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged, swapped and unmerged as on the CPU, with scales of every kind; each bit comes back."""
-    count = 12 if IS_SLOW else 4096 if device == "cuda" else 64
+    count = 12 if IS_SLOW else 256 if device == "cuda" else 64
     if IS_SLOW:
         _widen_triton(monkeypatch, 16384)
     every, scales = _every_pattern(dtype), _chosen_scales(count)
@@ -345,7 +345,7 @@ def test_the_order_of_blocks_changes_no_bit() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_merging_is_not_captured_into_a_graph() -> None:
+def test_a_cuda_graph_captures_no_merging() -> None:
     weight, scale = torch.randn(8, 16, device="cuda"), torch.rand(8, device="cuda")
     residual = kernels.merge_(weight, scale, exact=True)
     merged = weight.clone()
