@@ -17,8 +17,8 @@ import torch
 
 import ia3
 from ia3.cli import boundary
-from ia3.cli.app import main
 from ia3.cli import merge as command
+from ia3.cli.app import main
 from ia3.files import atomic_folder, atomic_write_text
 from ia3.merging import checkpoint, shards
 
@@ -91,7 +91,7 @@ def test_a_merge(
 
 _WORK = """
 import sys, time, pathlib
-from ia3.cli import main
+from ia3.cli.app import main
 from ia3.merging import shards, checkpoint
 copy = shards._copy_changed
 def slow(*arguments):
