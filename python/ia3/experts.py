@@ -413,7 +413,7 @@ def _obstacle(module: Any, name: str, parameter: Any) -> str | None:
         return f"which is not what vectors scale in a {kind}; name {up} or {DOWN}"
     is_sharded = getattr(module, "_is_expert_parallel", False) or parameter.shape[0] != module.num_experts
     if is_sharded or hasattr(parameter, "full_tensor"):
-        return "which is sharded over processes; load the model without expert and tensor parallelism"
+        return "which is sharded over processes; load it without expert and tensor parallelism, and shard it afterwards"
     if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
         return f"which is quantized ({str(parameter.dtype).removeprefix('torch.')}); load the model unquantized"
     if not is_blockwise:
