@@ -147,6 +147,7 @@ void library_linear(Problem& p, bool keeps_product) {
 
 bool widens(at::ScalarType dtype) {
   static const std::string requested = [] {
+    cpu::kernels();  // which complains of a wrong IA3_CPU_ISA also where the library's matmul needs none of them
     const std::string value = cpu::environment_word("IA3_CPU_MATMUL");
     TORCH_CHECK(value == "auto" || value == "widen" || value == "library", "IA3_CPU_MATMUL is '", value,
                 "'; expected auto, widen or library.");

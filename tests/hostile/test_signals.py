@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process(number: int, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     out, before = folders[0].parent / "out", tree(folders[0].parent)
@@ -124,7 +124,9 @@ def test_a_process(number: int, folders: tuple[Path, Path], capsys: pytest.Captu
         assert left == []
     else:
         assert len(left) == 1
-    assert main(_arguments(folders)) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(_arguments(folders)) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert (f"{left[0].name}, which a command that was killed had left behind, is removed" in said) if left else True
     after = {path: what for path, what in tree(out.parent).items() if path.split("/")[0] != "out"}

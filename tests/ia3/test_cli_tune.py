@@ -146,7 +146,7 @@ def test_a_model_folder_tells_its_shapes(
         (["--shape", "1024"], "expected OUTxIN"),
         (["--shape", "0x5"], "expected OUTxIN"),
         ([], "there are no shapes to measure"),
-        (["nowhere"], "there is no config.json in nowhere"),
+        (["nowhere"], "nowhere does not exist; MODEL is a model folder"),
         (["--shape", "4x4", "--rows", "0"], "is below 1"),
     ],
 )

@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +223,8 @@ def write_copy(checkpoint: Checkpoint, changes: Sequence[Change], content: Path,
     torch.set_num_threads(1)
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
-            list(pool.map(work, (*checkpoint.shards, *checkpoint.others)))
+            for copied in as_completed([pool.submit(work, path) for path in (*checkpoint.shards, *checkpoint.others)]):
+                copied.result()
         finally:  # after an error or an interrupt none goes on
             ended.set()
             torch.set_num_threads(threads)
