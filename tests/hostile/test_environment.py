@@ -53,7 +53,7 @@ _CODE = """
 import io, json, os, sys, contextlib
 import torch, ia3_kernels
 torch.set_num_threads(1)
-from ia3.cli import main
+from ia3.cli.app import main
 own = dict(os.environ)
 del own[sys.argv[1]]  # it stood there when the library was loaded
 for name, value, _ in json.load(sys.stdin):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ia3
-from ia3.cli import main
+from ia3.cli.app import main
 from ia3.cli.finetune import check_output
 from ia3.cli.output import json_lines
 from ia3.files import atomic_folder, atomic_write_text

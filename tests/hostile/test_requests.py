@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ia3.cli import main
+from ia3.cli.app import main
 
 from .harness import bounds, check_sentence
 from .test_adapter_files import CONFIG, ESCAPE, WEIGHTS, config

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 import ia3
-from ia3.cli import boundary, main
+from ia3.cli import boundary
 from ia3.cli import merge as command
+from ia3.cli.app import main
 from ia3.files import atomic_folder, atomic_write_text
 from ia3.merging import checkpoint, shards
 
 from .harness import bounds, tree
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
 
 def _arguments(folders: tuple[Path, Path]) -> list[str]:
@@ -90,7 +90,7 @@ def test_a_merge(
 
 _WORK = """
 import sys, time, pathlib
-from ia3.cli import main
+from ia3.cli.app import main
 from ia3.merging import shards, checkpoint
 copy = shards._copy_changed
 def slow(*arguments):
@@ -103,7 +103,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process(number: int, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     out, before = folders[0].parent / "out", tree(folders[0].parent)
