@@ -26,7 +26,6 @@ from ia3.merging import checkpoint, shards
 from .harness import bounds, tree
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
 
 def _arguments(folders: tuple[Path, Path]) -> list[str]:
