@@ -60,7 +60,7 @@ def test_other_releases_are_left_alone(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     ia3_vllm.register()
     assert runner.LRUCacheWorkerLoRAManager is LRUCacheWorkerLoRAManager
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.name == "vllm.ia3")
     assert version in record.getMessage()
 
 
