@@ -23,7 +23,7 @@ from ..records import Recorder
 from ..settings import Settings
 
 _SUITE = "serve"
-_ROWS, _PROMPT, _TOKENS, _RANK = 64, 16, 32, 16
+_ROWS, _PROMPT, _TOKENS, _RANK = 64, 8, 24, 16
 _LAYERS = ["k_proj", "v_proj", "down_proj"]
 _IA3, _LORA = f"vllm, {_ROWS} IA3 adapters", f"vllm, {_ROWS} LoRA adapters of rank {_RANK}"
 _BASE, _EAGER = "vllm base", "vllm base, eager"
@@ -75,6 +75,8 @@ def _engines(settings: Settings, dtype: str, folder: Path) -> Iterator[dict[str,
                 max_model_len=256,
                 max_num_seqs=_ROWS,
                 enable_prefix_caching=False,
+                block_size=32,
+                num_gpu_blocks_override=3 * _ROWS,  # more than the requests need: four engines share the memory
                 **shared,
                 **own,
             )

@@ -45,8 +45,7 @@ def register() -> None:
         return
 
     def make_manager(vllm_config: Any, *arguments: Any, **named: Any) -> Any:
-        configured = vllm_config.additional_config
-        if not isinstance(configured, dict) or configured.get(KEY, False) is False:
+        if _asked(vllm_config) is False:
             return theirs(vllm_config, *arguments, **named)
         from .manager import IA3WorkerManager
 
@@ -54,10 +53,35 @@ def register() -> None:
 
     make_manager.is_ia3 = True  # type: ignore[attr-defined]
     runner.LRUCacheWorkerLoRAManager = make_manager
+    _let_cpus_compile()
     if os.environ.get("VLLM_LORA_RESOLVER_CACHE_DIR"):
         from .resolver import register_resolver
 
         register_resolver(os.environ["VLLM_LORA_RESOLVER_CACHE_DIR"])
+
+
+def _asked(vllm_config: Any) -> Any:
+    """Return what an engine was told under the key; False where it was not told anything."""
+    configured = vllm_config.additional_config
+    return configured.get(KEY, False) if isinstance(configured, dict) else False
+
+
+def _let_cpus_compile() -> None:
+    """Have models with IA3 adapters compiled on CPUs as others are: vLLM's LoRA kernels cannot be traced there."""
+    platform = importlib.import_module("vllm.platforms").current_platform
+    check = platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        asked, lora_config = _asked(vllm_config), vllm_config.lora_config
+        if asked is not False and not (isinstance(asked, dict) and asked.get("lora")):
+            vllm_config.lora_config = None
+        try:
+            check(vllm_config)
+        finally:
+            vllm_config.lora_config = lora_config
+
+    if platform.is_cpu():
+        platform.check_and_update_config = check_and_update_config
 
 
 def __getattr__(name: str) -> Any:
