@@ -170,8 +170,13 @@ class IA3Config(peft.IA3Config):
                 ) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a file holds; fields that PEFT does not know, and would warn of, where they mean something."""
-        fields: dict[str, Any] = super().to_dict()
+        """Return what a file holds: names in order, so that equal configurations make equal files.
+
+        Fields that PEFT does not know, and would warn of, are in it where they mean something.
+        """
+        fields: dict[str, Any] = {
+            name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()
+        }
         if self.target_parameters is None:
             del fields["target_parameters"]
         if self.scale_queries:

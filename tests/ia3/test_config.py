@@ -54,18 +54,19 @@ def test_nonsense_is_one_sentence(arguments: dict[str, Any], words: list[str]) -
 def test_files_are_read_and_written_as_peft_does(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {
         "task_type": "SEQ_CLS",
-        "target_modules": ["v", "k"],
-        "feedforward_modules": ["k"],
+        "target_modules": [f"v{number}" for number in range(9, -1, -1)],  # of an order that no set has by chance
+        "feedforward_modules": ["v0"],
         "modules_to_save": ["head"],
     }
     IA3Config(**arguments).save_pretrained(tmp_path / "ours")
     peft.IA3Config(**arguments).save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
-    assert ours["target_modules"] == ["k", "v"]
+    names = [f"v{number}" for number in range(10)]
+    assert ours["target_modules"] == names
     theirs["target_modules"].sort()
     ours.pop("peft_version"), theirs.pop("peft_version")
     assert ours == theirs
-    assert peft.PeftConfig.from_pretrained(str(tmp_path / "ours")).target_modules == {"k", "v"}
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "ours")).target_modules == set(names)
     assert IA3Config.from_pretrained(tmp_path / "theirs").to_dict() | {"peft_version": None} == (
         IA3Config(**arguments).to_dict() | {"peft_version": None}
     )
