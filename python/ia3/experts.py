@@ -32,7 +32,7 @@ from .blocks import activation_name
 from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, read_tensors
 from .config import IA3Config
 from .errors import IA3Error
-from .layers import effective_scale, is_untouched, refuse_training
+from .layers import Wrapper, effective_scale, is_untouched, refuse_training
 from .matching import Plan, Target, is_excluded, model_type
 from .probing import base_of, features
 
@@ -49,7 +49,7 @@ _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 # Experts that get a block of rows each, [experts * tokens, hidden], and run in no implementation of the registry.
 _BLOCKWISE = frozenset({"Llama4TextExperts"})
 _REGISTERED = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate", "config")
-_OLD_KEY = re.compile(r"\.experts\.(\d+)\..*\.ia3_l$")
+_OLD_KEY = re.compile(r"\.experts\.(\d{1,9})\..*\.ia3_l$")
 
 Scales = Mapping[str, tuple[Tensor, Tensor | None]]
 
@@ -109,7 +109,7 @@ class ExpertsMatrix(nn.Module):
         return "gated_activation" if has_gate else "scaled_activation", f"fused into the activation of {kind}"
 
 
-class Experts(nn.Module):
+class Experts(Wrapper):
     """Experts (``base_layer``) and, under the names of their parameters, the layers that hold the vectors."""
 
     def __init__(self, experts: nn.Module) -> None:
@@ -140,15 +140,6 @@ class Experts(nn.Module):
             for layer in self.layers().values():
                 unmerged.enter_context(layer.unmerged())
             return super()._apply(fn, recurse)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name.startswith("_"):
-                raise
-            return getattr(base, name)
 
 
 # --- the computation ------------------------------------------------------------------------------------------------

@@ -260,7 +260,22 @@ def _scale_channels(base: nn.Module, x: Tensor, scale: Tensor, index: Tensor | N
     return (x * scale.reshape(-1, *(1,) * spatial)).to(x.dtype)
 
 
-class ScaledLayer(nn.Module):
+class Wrapper(nn.Module):
+    """A module around ``base_layer``, which answers for it what it does not have itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A model's own code may ask a layer for its stride or its bits. What begins with an underscore is
+            # somebody's mark on the layer inside, and not on this one.
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("_"):
+                raise
+            return getattr(base, name)
+
+
+class ScaledLayer(Wrapper):
     """The first base of an accelerated layer, whose second is PEFT's class: the computation, and ``_running``.
 
     A compiled graph that looked vectors up by their adapter's name would hold for that name only, and activating
@@ -297,17 +312,6 @@ class ScaledLayer(nn.Module):
         # Called before the vectors are loaded, perhaps as new parameters: graphs have to look again.
         self.__dict__["_running"] = None
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # A model's own code may ask a layer for its stride or its bits. What begins with an underscore is
-            # somebody's mark on the layer inside, and not on this one.
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name.startswith("_"):
-                raise
-            return getattr(base, name)
 
 
 def speed_up_frozen(model: nn.Module) -> None:

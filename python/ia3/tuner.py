@@ -166,9 +166,9 @@ class IA3Model(peft_tuner.IA3Model):
         return names
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if not self.active_adapters:
-            self.active_adapter = args[0] if args else kwargs["adapter_name"]
         name = args[0] if args else kwargs["adapter_name"]
+        if not self.active_adapters:
+            self.active_adapter = name
         config = self.peft_config[name]
         if getattr(config, "target_parameters", None):  # PEFT's own methods pass on a configuration as it is
             self.peft_config[name] = experts.plan_adapter(model, config, strict=False).exact_config()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import IA3Error
+from ia3.files import read_json
 
 from . import KEY
 from .adapter import IA3Adapter, Place, check_complete, read_folder, scales_of
@@ -185,6 +185,6 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
 
 def _is_lora(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / CONFIG_NAME).read_bytes()).get("peft_type") == "LORA")
-    except (ValueError, AttributeError):
+        return bool(read_json(folder / CONFIG_NAME).get("peft_type") == "LORA")
+    except IA3Error:
         return False  # for our reader to say what is wrong

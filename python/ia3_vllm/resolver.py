@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from ia3.config import CONFIG_NAME
+from ia3.files import read_json
 
 NAME = "IA3 folders"
 
@@ -28,8 +28,8 @@ class FolderResolver(LoRAResolver):
             folder = (self._folder / name).resolve()
             if self._folder not in folder.parents:  # a name from the network, with .. or a link in it
                 return None
-            kind = json.loads((folder / CONFIG_NAME).read_text("utf-8")).get("peft_type")
-        except (OSError, ValueError, AttributeError):
+            kind = read_json(folder / CONFIG_NAME).get("peft_type")
+        except (OSError, ValueError):
             return None
         return LoRARequest(name, 1, str(folder)) if kind == "IA3" else None  # the server numbers it
 

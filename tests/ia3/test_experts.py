@@ -540,6 +540,17 @@ def test_an_adapter_of_some_experts_is_refused(tmp_path: Any) -> None:
         ia3.PeftModel.from_pretrained(build("mixtral"), tmp_path / "old")
 
 
+def test_a_number_of_an_expert_without_end_is_refused(tmp_path: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    old_adapter(tmp_path / "old", "mixtral", {"gate": "w1", "down": "w2", "up": "w3"})
+    path = tmp_path / "old" / "adapter_model.safetensors"
+    name = f"base_model.model.model.layers.1.block_sparse_moe.experts.{'9' * 5000}.w2.ia3_l"
+    save_file({**load_file(path), name: torch.ones(1, 4)}, path)
+    with pytest.raises(ia3.IA3Error):
+        ia3.PeftModel.from_pretrained(build("mixtral"), tmp_path / "old")
+
+
 # --- checkpoints on disk ----------------------------------------------------------------------------------------------
 
 

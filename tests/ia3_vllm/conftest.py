@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from ..conftest import save_byte_tokenizer
+
 # Read where vLLM is first imported: small caches, one process, no network, and only what is wrong.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -43,19 +45,13 @@ def save_adapter(model: Path, folder: Path, seed: int, **config: Any) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 8 heads, 2 of them for keys and values, and a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "llama"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<end>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    size = save_byte_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=size,
         hidden_size=256,
         intermediate_size=320,
         num_hidden_layers=2,

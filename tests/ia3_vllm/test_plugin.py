@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -74,6 +75,10 @@ def test_a_folder_becomes_a_model_by_its_name(
     (served / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (served / "torn").mkdir()
     (served / "torn" / "adapter_config.json").write_text('{"peft_type"')
+    (served / "deep").mkdir()
+    (served / "deep" / "adapter_config.json").write_text("[" * 100_000)
+    (served / "pipe").mkdir()
+    os.mkfifo(served / "pipe" / "adapter_config.json")
     monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(served))
     ia3_vllm.register()
     resolver = LoRAResolverRegistry.get_resolver(NAME)
@@ -81,7 +86,7 @@ def test_a_folder_becomes_a_model_by_its_name(
     found = asyncio.run(resolver.resolve_lora("base", "mine"))
     assert found is not None
     assert (found.lora_name, found.lora_path) == ("mine", str(served / "mine"))
-    for name in ("lora", "torn", "nothing", "../outside", ".", str(tmp_path / "outside"), "mine\0"):
+    for name in ("lora", "torn", "deep", "pipe", "nothing", "../outside", ".", str(tmp_path / "outside"), "mine\0"):
         assert asyncio.run(resolver.resolve_lora("base", name)) is None
 
 

@@ -199,7 +199,7 @@ def _checked(entry: Entry) -> Entry:
     """Return a stored tensor; raises :class:`IA3Error` for one that cannot be scaled."""
     if entry.dtype not in FLOATS:
         raise IA3Error(
-            f"{entry.name!r} in {entry.file} is stored as {entry.dtype}, which cannot be scaled; merge into the "
+            f"{entry.name!r:.200} in {entry.file} is stored as {entry.dtype}, which cannot be scaled; merge into the "
             "checkpoint in bf16, fp16 or fp32 that it was quantized from."
         )
     return entry
@@ -260,8 +260,6 @@ def _scaled_experts(names: _Names, name: str, what: str, vectors: Tensor) -> lis
     matrix = ExpertsMatrix(names.model.get_submodule(outer), leaf)
     weight: Any = matrix._parameters["weight"]
     scales = vectors.detach().float().reshape(matrix.vector_shape[0], -1)
-    if not scales.isfinite().all():
-        raise IA3Error(f"{what} have values that are not finite; train the adapter again.")
     separate, changes = names.separate.get(name), []
     if separate is None:
         entry = names.entry(name, what)
@@ -278,9 +276,9 @@ def _scaled_experts(names: _Names, name: str, what: str, vectors: Tensor) -> lis
     patterns = names.orders[next(iter(separate))]  # gate and up, which are joined
     for part, pattern in enumerate(patterns):
         for entry in separate[pattern]:
-            found = re.search(r"\.experts\.(\d+)\.", entry.name)
+            found = re.search(r"\.experts\.(\d{1,9})\.", entry.name)
             if found is None or int(found[1]) >= len(scales):
-                raise IA3Error(f"{entry.name!r} in {entry.file} belongs to no expert of the model; get it again.")
+                raise IA3Error(f"{entry.name!r:.200} in {entry.file} belongs to no expert of the model; get it again.")
             scale = scales[int(found[1])].chunk(len(patterns))[part]
             is_fitting = tuple(vectors.shape) == matrix.vector_shape and len(entry.shape) == 2
             if not is_fitting or scale.shape[0] != entry.shape[matrix.dim]:
@@ -289,7 +287,7 @@ def _scaled_experts(names: _Names, name: str, what: str, vectors: Tensor) -> lis
             changes.append(Change(_checked(entry), entry.start, rows, columns, matrix.dim, scale))
     if len(changes) != len(scales) * len(patterns):
         raise IA3Error(
-            f"{names.checkpoint.folder} has {len(changes)} matrices for {name!r}, which is made of "
+            f"{names.checkpoint.folder} has {len(changes)} matrices for {name!r:.200}, which is made of "
             f"{len(scales) * len(patterns)}; get the whole model."
         )
     return changes

@@ -197,10 +197,12 @@ def _apply(
                 _check_finite(path, layer, names, scale)
         for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
             before: MergeState | None = layer._merge_state
-            if before is None:
-                before = MergeState([], torch.empty(0), _shared(layer, uses), placements.get(path))
-            after = None if scale is None else MergeState(names, scale, before.shared, before.placement)
-            if safe and after is not None and after.placement is None and layer._merge_state is not None:
+            after = None
+            if scale is not None and before is None:
+                after = MergeState(names, scale, _shared(layer, uses), placements.get(path))
+            elif scale is not None and before is not None:
+                after = MergeState(names, scale, before.shared, before.placement)
+            if safe and after is not None and after.placement is None and before is not None:
                 # Its weights hold other vectors, and without them only can one tell.
                 change(layer, None)
                 _check_finite(path, layer, names, after.scale)
