@@ -1,7 +1,7 @@
 """vLLM with 64 requests in a batch: the base model, an IA3 adapter for each, a LoRA adapter for each.
 
 The engines live in this process, and are asked in turns. The base is measured as vLLM starts it, and run
-eagerly as well: on a CPU vLLM compiles no model that has adapters. LoRA has the layers that IA3 scales. One saved
+eagerly as well: on a CPU vLLM compiles no model that has LoRA. LoRA has the layers that IA3 scales. One saved
 adapter stands for all 64, under as many names and in as many slots; what a token costs does not depend on the values.
 """
 

@@ -13,17 +13,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .memory import WorkerExtension, async_push, push
+    from .memory import WorkerExtension, async_push, pack, push
 
-__all__ = ["KEY", "WorkerExtension", "async_push", "push", "register"]
+__all__ = ["KEY", "WorkerExtension", "async_push", "pack", "push", "register"]
 
 KEY = "ia3"
 # The releases whose adapter code was read and run, the last one excluded. Those before 0.32 know prefix blocks by an
 # adapter's name alone, so that new vectors under an old name would meet keys and values of the old ones.
 TESTED = ((0, 32), (0, 34))
-_RUNNER = "vllm.v1.worker.lora_model_runner_mixin"
-
-_log = logging.getLogger("vllm.ia3")
 
 
 def register() -> None:
@@ -37,9 +34,9 @@ def register() -> None:
     if not TESTED[0] <= release < TESTED[1]:
         bounds = [".".join(map(str, bound)) for bound in TESTED]
         sentence = "IA3 adapters are off: this vLLM is %s, and this plugin knows those from %s on and before %s."
-        _log.warning(sentence, vllm.__version__, *bounds)
+        logging.getLogger("vllm.ia3").warning(sentence, vllm.__version__, *bounds)
         return
-    runner: Any = importlib.import_module(_RUNNER)
+    runner: Any = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
     theirs = runner.LRUCacheWorkerLoRAManager
     if getattr(theirs, "is_ia3", False):
         return
@@ -55,9 +52,11 @@ def register() -> None:
     runner.LRUCacheWorkerLoRAManager = make_manager
     _let_cpus_compile()
     if os.environ.get("VLLM_LORA_RESOLVER_CACHE_DIR"):
-        from .resolver import register_resolver
+        from vllm.lora.resolver import LoRAResolverRegistry
 
-        register_resolver(os.environ["VLLM_LORA_RESOLVER_CACHE_DIR"])
+        from .resolver import NAME, FolderResolver
+
+        LoRAResolverRegistry.register_resolver(NAME, FolderResolver(os.environ["VLLM_LORA_RESOLVER_CACHE_DIR"]))
 
 
 def _asked(vllm_config: Any) -> Any:
@@ -67,13 +66,13 @@ def _asked(vllm_config: Any) -> Any:
 
 
 def _let_cpus_compile() -> None:
-    """Have models with IA3 adapters compiled on CPUs as others are: vLLM's LoRA kernels cannot be traced there."""
+    """Have models with IA3 adapters compiled on CPUs as others are; vLLM's LoRA kernels there cannot be traced."""
     platform = importlib.import_module("vllm.platforms").current_platform
     check = platform.check_and_update_config
 
     def check_and_update_config(vllm_config: Any) -> None:
         asked, lora_config = _asked(vllm_config), vllm_config.lora_config
-        if asked is not False and not (isinstance(asked, dict) and asked.get("lora")):
+        if asked is True or (isinstance(asked, dict) and not asked.get("lora")):
             vllm_config.lora_config = None
         try:
             check(vllm_config)

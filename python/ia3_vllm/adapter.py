@@ -41,9 +41,9 @@ class Place:
     scales_input: bool
 
 
-def read_folder(folder: Path, config: IA3Config | None = None) -> tuple[IA3Config, dict[str, Tensor]]:
+def read_folder(folder: Path) -> tuple[IA3Config, dict[str, Tensor]]:
     """Return the configuration and the tensors of a saved adapter. Raises :class:`IA3Error`."""
-    config = config or IA3Config.from_pretrained(folder)
+    config = IA3Config.from_pretrained(folder)
     if config.modules_to_save:
         raise IA3Error(
             f"{folder} has modules_to_save ({', '.join(sorted(config.modules_to_save))}), whole layers that the other "

@@ -39,8 +39,6 @@ class Scaled:
     with_lora = False
     output_table: Tensor | None = None
 
-    # --- what vLLM calls ----------------------------------------------------------------------------------------------
-
     def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         if self.with_lora:
             # vLLM's torch kernels read the last slot for a token without an adapter: here, one that stays zeros.
@@ -93,8 +91,6 @@ class Scaled:
             parts.append(F.linear(scaled, self.base_layer.weight[stop - width : stop], own))
         return self._apply_lora_to_output(x, torch.cat(parts, -1))
 
-    # --- what this package's manager calls ----------------------------------------------------------------------------
-
     @property
     def widths(self: Any) -> tuple[int, ...]:
         """The outputs of each fused layer on this rank."""
@@ -102,13 +98,9 @@ class Scaled:
 
     def whole_sizes(self: Any) -> tuple[int, list[int]]:
         """Return the inputs and, for each fused layer, the outputs of the layer that ranks have slices of."""
-        base = self.base_layer
-        replicas = getattr(base, "num_kv_head_replicas", None)
-        if replicas is None:
-            sizes = list(base.output_sizes) if self.n_slices > 1 else [base.output_size]
-        else:  # vLLM counts every copy of a head of keys and values
-            first, *others = base.output_sizes
-            sizes = [first, *(size // replicas for size in others)]
+        base, copies = self.base_layer, getattr(self.base_layer, "num_kv_head_replicas", 1)
+        first, *others = getattr(base, "output_sizes", None) or [base.output_size]
+        sizes = [first, *(size // copies for size in others)]  # vLLM counts every copy of a head of keys and values
         return base.input_size, sizes if self.n_slices > 1 else [sum(sizes)]
 
     def create_tables(self: Any, name: str, outputs: list[bool], inputs: list[bool], dtype: torch.dtype) -> None:

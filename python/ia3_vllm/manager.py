@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import CompilationMode
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora import utils
@@ -21,7 +21,6 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.errors import IA3Error
-from ia3.files import read_json
 
 from . import KEY
 from .adapter import IA3Adapter, Place, check_complete, read_folder, scales_of
@@ -29,6 +28,7 @@ from .index import SlotIndex
 from .layers import Scaled, layer_classes, move_into_activation
 from .memory import PREFIX, Memory
 from .options import Options
+from .resolver import kind_of
 
 # Checkpoints whose fused projection has its heads in turns, as vLLM's own model does not: a vector would need them too.
 INTERLEAVED = frozenset({"gpt_neox", "bloom", "falcon", "RefinedWeb", "RefinedWebModel"})
@@ -156,12 +156,7 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
         if vllm_config.lora_config.fully_sharded_loras:
             raise IA3Error("--fully-sharded-loras splits LoRA's matrices, and IA3 has none to split; leave it out.")
         super().__init__(vllm_config, device, *arguments, **named)
-        self.memory = Memory()
-
-    def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> Any:
-        created = super().create_lora_manager(model, vllm_config)
-        self.memory.check = lambda source, tensors: self._adapter_manager.read(1, source, tensors, None)
-        return created
+        self.memory = Memory(lambda source, tensors: self._adapter_manager.read(1, source, tensors, None))
 
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         path = lora_request.lora_path
@@ -170,7 +165,7 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
         folder = Path(get_adapter_absolute_path(path))
         if not (folder / CONFIG_NAME).is_file():
             raise LoRAAdapterNotFoundError(lora_request.lora_name, path)
-        if self._adapter_manager.options.with_lora and _is_lora(folder):
+        if self._adapter_manager.options.with_lora and kind_of(folder) == "LORA":
             return super()._load_adapter(lora_request)
         config, tensors = read_folder(folder)
         return self._adapter_manager.read(lora_request.lora_int_id, str(folder), tensors, config)
@@ -181,10 +176,3 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
         for request in requests:
             request.load_inplace = False
         super()._apply_adapters(requests)
-
-
-def _is_lora(folder: Path) -> bool:
-    try:
-        return bool(read_json(folder / CONFIG_NAME).get("peft_type") == "LORA")
-    except IA3Error:
-        return False  # for our reader to say what is wrong

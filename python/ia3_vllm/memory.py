@@ -23,9 +23,8 @@ PREFIX = "ia3-memory:"
 class Memory:
     """The newest vectors of each name, in one worker."""
 
-    def __init__(self) -> None:
-        self.check: Callable[[str, Mapping[str, Tensor]], object] = lambda source, tensors: None
-        self._newest: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, check: Callable[[str, Mapping[str, Tensor]], object]) -> None:
+        self._check, self._newest = check, dict[str, dict[str, Tensor]]()
         self._versions: dict[str, int] = {}
 
     def put(self, name: str, data: bytes | str) -> str:
@@ -39,7 +38,7 @@ class Memory:
             raise IA3Error(f"the vectors given for {name!r} are no safetensors data: {error}.") from None
         version = self._versions.get(name, 0) + 1
         path = f"{PREFIX}{name}@{version}"
-        self.check(path, tensors)
+        self._check(path, tensors)
         self._newest[name], self._versions[name] = tensors, version
         return path
 
@@ -68,10 +67,9 @@ class WorkerExtension:
 
 
 def _memory(worker: Any) -> Memory:
-    manager = getattr(worker.model_runner, "lora_manager", None)
-    if not isinstance(getattr(manager, "memory", None), Memory):
+    memory = getattr(getattr(worker.model_runner, "lora_manager", None), "memory", None)
+    if not isinstance(memory, Memory):
         raise IA3Error("this engine has no IA3 adapters; start it with what `ia3 vllm-args` prints.")
-    memory: Memory = manager.memory  # type: ignore[union-attr]
     return memory
 
 

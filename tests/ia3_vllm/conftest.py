@@ -87,6 +87,7 @@ def start(model: Path, **arguments: Any) -> Any:
         "dtype": "float32",
         "max_model_len": 128,
         "max_num_seqs": 8,
+        "enforce_eager": True,
         "enable_lora": True,
         "max_lora_rank": 1,
         "additional_config": {"ia3": True},

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from vllm.config import CompilationMode
 from vllm.lora.request import LoRARequest
 
 from .answers import Oracle, generate
@@ -74,6 +75,16 @@ def test_lora_beside_ia3(model: Path, adapters: list[Path], tmp_path: Path) -> N
                 (other if request is theirs else oracle).check([answer], [PROMPT], [request and request.lora_name])
 
 
+def test_a_compiled_model_is_right_for_every_mix(model: Path, adapters: list[Path]) -> None:
+    requests = [None, *(LoRARequest(folder.name, 1 + i, str(folder)) for i, folder in enumerate(adapters[:3]))]
+    oracle = Oracle(model, {folder.name: folder for folder in adapters[:3]})
+    with running(model, max_loras=2, max_cpu_loras=2, enforce_eager=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        for asked in (requests, requests[:1], requests[3:], [*requests[2:], None]):
+            found = generate(llm, [PROMPT] * len(asked), asked)
+            oracle.check(found, [PROMPT] * len(asked), [request and request.lora_name for request in asked])
+
+
 def test_two_ranks_have_slices_that_make_the_whole(
     model: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +122,7 @@ def test_smollm2_says_what_transformers_and_peft_say(smollm2: Path, tmp_path: Pa
     with running(smollm2, max_loras=2) as llm:
         found = generate(llm, asked, named)
     Oracle(smollm2, folders).check(found, asked, [request and request.lora_name for request in named])
-    with running(smollm2, enable_lora=False, additional_config={}, worker_extension_cls="", enforce_eager=True) as llm:
+    with running(smollm2, enable_lora=False, additional_config={}, worker_extension_cls="") as llm:
         plain = generate(llm, prompts)
     for (tokens, chosen), (their_tokens, their_chosen) in zip(found[:3], plain, strict=True):
         assert tokens == their_tokens

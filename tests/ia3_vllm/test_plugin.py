@@ -16,6 +16,7 @@ import torch
 import vllm
 from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms import current_platform
 from vllm.v1.worker import lora_model_runner_mixin as runner
 
 import ia3_vllm
@@ -29,6 +30,7 @@ from ia3_vllm.resolver import NAME, FolderResolver
 def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "LRUCacheWorkerLoRAManager", LRUCacheWorkerLoRAManager)
     monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
+    monkeypatch.setattr(current_platform, "check_and_update_config", current_platform.check_and_update_config)
 
 
 def test_vllm_finds_the_plugin() -> None:
@@ -43,6 +45,17 @@ def test_without_its_key_an_engine_has_vllms_manager(monkeypatch: pytest.MonkeyP
         config = SimpleNamespace(additional_config=configured)
         runner.LRUCacheWorkerLoRAManager(config, "cpu", embedding_modules={})
         assert made.pop() == ((config, "cpu"), {"embedding_modules": {}})
+
+
+def test_a_cpu_compiles_for_ia3_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(current_platform, "check_and_update_config", lambda config: seen.append(config.lora_config))
+    ia3_vllm.register()
+    for configured in ({"ia3": True}, {"ia3": {"lora": True}}, {}):
+        config = SimpleNamespace(additional_config=configured, lora_config="LoRA")
+        current_platform.check_and_update_config(config)
+        assert config.lora_config == "LoRA"
+    assert seen == [None, "LoRA", "LoRA"], "what decides whether a model is compiled"
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -78,6 +91,7 @@ def test_a_folder_becomes_a_model_by_its_name(
     (served / "deep").mkdir()
     (served / "deep" / "adapter_config.json").write_text("[" * 100_000)
     (served / "pipe").mkdir()
+    (served / "loop").symlink_to("loop")
     os.mkfifo(served / "pipe" / "adapter_config.json")
     monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(served))
     ia3_vllm.register()
@@ -86,7 +100,19 @@ def test_a_folder_becomes_a_model_by_its_name(
     found = asyncio.run(resolver.resolve_lora("base", "mine"))
     assert found is not None
     assert (found.lora_name, found.lora_path) == ("mine", str(served / "mine"))
-    for name in ("lora", "torn", "deep", "pipe", "nothing", "../outside", ".", str(tmp_path / "outside"), "mine\0"):
+    for name in (
+        "lora",
+        "torn",
+        "deep",
+        "pipe",
+        "nothing",
+        "../outside",
+        ".",
+        str(tmp_path / "outside"),
+        "mine\0",
+        "\ud800",
+        "loop",
+    ):
         assert asyncio.run(resolver.resolve_lora("base", name)) is None
 
 
@@ -119,14 +145,14 @@ def test_options_that_mean_nothing_are_sentences(given: Any, sentence: str) -> N
 
 
 def test_vectors_that_do_not_fit_leave_the_older_ones() -> None:
-    memory, seen = Memory(), []
+    seen: list[str] = []
 
     def check(source: str, tensors: Any) -> None:
         if "bad" in tensors:
             raise IA3Error(source)
         seen.append(source)
 
-    memory.check = check
+    memory = Memory(check)
     first = memory.put("a@b", pack({"x": torch.ones(2, 1)}))
     with pytest.raises(IA3Error, match="ia3-memory:a@b@2"):
         memory.put("a@b", pack({"bad": torch.ones(1)}))

@@ -54,7 +54,7 @@ def server(model: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathF
     settings = dict(word.split("=", 1) for word in words[: words.index("vllm")])
     command = [sys.executable, "-c", VLLM, *words[words.index("vllm") + 1 :], "--served-model-name", "base"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128"]
-    command += ["--max-num-seqs", "16"]
+    command += ["--max-num-seqs", "16", "--enforce-eager"]
     environment = os.environ | settings | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     address = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("log") / "server.log"
