@@ -45,7 +45,7 @@ class Options:
                 f'--additional-config has {unknown[0]!r} under "{KEY}"; expected outputs, inputs, dtype or lora.'
             )
         dtype, with_lora = given.get("dtype", "float32"), given.get("lora", False)
-        if dtype not in DTYPES or not isinstance(with_lora, bool):
+        if dtype not in list(DTYPES) or not isinstance(with_lora, bool):
             raise IA3Error(
                 f'--additional-config has dtype {dtype!r} and lora {with_lora!r} under "{KEY}"; expected one of '
                 f"{', '.join(DTYPES)}, and true or false: correct it."
@@ -63,11 +63,8 @@ class Options:
 
     def sides(self, path: str) -> tuple[bool, bool]:
         """Return whether the output and the input of the layer at ``path`` are scaled."""
-        return _ends(path, self.outputs), _ends(path, self.inputs)
-
-
-def _ends(path: str, names: Iterable[str]) -> bool:
-    return any(f".{path}".endswith(f".{name}") for name in names)
+        ends = f".{path}".endswith
+        return any(ends(f".{name}") for name in self.outputs), any(ends(f".{name}") for name in self.inputs)
 
 
 def _defaults(model_types: list[str]) -> dict[str, list[str]]:
