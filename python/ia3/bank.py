@@ -27,6 +27,7 @@ from ia3_kernels import target
 from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, check_values, read_tensors, vector_shape
 from .config import IA3Config
 from .errors import IA3Error
+from .experts import stacked
 from .files import open_file, source_folder
 from .layers import vectors_of
 from .model import check_unadapted, get_peft_model
@@ -443,7 +444,7 @@ class AdapterBank:
             tensors, where = read_tensors(folder), str(folder / WEIGHTS_NAME)
         else:
             raise IA3Error(f"source is a {type(source).__name__}; expected a folder or a dictionary of tensors.")
-        places = dict(self._places)
+        tensors, places = stacked(self._tuner.model, tensors)[0], dict(self._places)
         for key, tensor in tensors.items():
             shape = places.get(key)
             if shape is None:

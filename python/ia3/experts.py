@@ -421,8 +421,8 @@ def readable(model: nn.Module, folder: Path, config: IA3Config) -> Iterator[tupl
 
     Older adapters have a vector for each of the experts, which were modules.
     """
-    tensors = read_tensors(folder)
-    changed, names, parameters = stacked(model, tensors)
+    has_stacks = any(parameter.dim() == 3 for parameter in model.parameters())
+    changed, names, parameters = stacked(model, read_tensors(folder) if has_stacks else {})
     if not parameters:
         yield folder, config
         return

@@ -540,6 +540,20 @@ def test_an_adapter_of_some_experts_is_refused(tmp_path: Any) -> None:
         ia3.PeftModel.from_pretrained(build("mixtral"), tmp_path / "old")
 
 
+def test_a_bank_reads_vectors_of_separate_experts(tmp_path: Any) -> None:
+    expected = old_adapter(tmp_path / "old", "mixtral", {"gate": "w1", "down": "w2", "up": "w3"})
+    config = ia3.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], target_parameters=BOTH)
+    model, ids = ia3.get_peft_model(build("mixtral"), config).eval(), torch.arange(12).view(2, 6)
+    with torch.no_grad(), ia3.AdapterBank(model, 2) as bank:
+        bank.load("old", tmp_path / "old")
+        mixed = model(ids, adapter_names=["old", "__base__"]).logits
+        base = model(ids, adapter_names=["__base__"] * 2).logits
+    ia3.set_peft_model_state_dict(model, expected)
+    torch.testing.assert_close(mixed[:1], model(ids).logits[:1])
+    torch.testing.assert_close(mixed[1:], base[1:])
+    assert not torch.allclose(mixed[0], base[0])
+
+
 def test_a_number_of_an_expert_without_end_is_refused(tmp_path: Any) -> None:
     from safetensors.torch import load_file, save_file
 
