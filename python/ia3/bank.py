@@ -6,15 +6,12 @@ in host memory or in files until it is asked for.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,81 +25,13 @@ from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, check_values, read_tensors, ve
 from .config import IA3Config
 from .errors import IA3Error
 from .experts import stacked
-from .files import open_file, source_folder
+from .files import source_folder
 from .layers import vectors_of
 from .model import check_unadapted, get_peft_model
 from .serving.mixed import BASE_NAME, Sites, unknown_name
 from .serving.routing import BASE
+from .serving.slots import Adapter, BankReport, Slots
 from .swap import all_or_nothing
-
-
-@dataclass(frozen=True)
-class BankReport:
-    """What a bank holds and has done.
-
-    capacity, resident, evicted, pinned, in_use: slots, and adapters by where they are.
-    slot_bytes, host_bytes, file_bytes: of all slots, and of the evicted adapters in host memory and in files.
-    hits, misses: adapters that batches asked for, found in a slot or brought back.
-    evictions: adapters that had to leave their slot.
-    """
-
-    capacity: int
-    resident: int
-    evicted: int
-    pinned: int
-    in_use: int
-    slot_bytes: int
-    host_bytes: int
-    file_bytes: int
-    hits: int
-    misses: int
-    evictions: int
-
-
-@dataclass(frozen=True)
-class _File:
-    """An evicted adapter's file, in a folder that others may reach: what is read must be what was written."""
-
-    path: Path
-    size: int
-    digest: bytes
-
-    @classmethod
-    def write(cls, folder: Path, vectors: Tensor) -> _File:
-        """Write the vectors to a new file of a random name."""
-        content = vectors.numpy().tobytes()
-        descriptor, name = tempfile.mkstemp(dir=folder)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-        except OSError as error:
-            os.unlink(name)
-            raise IA3Error(f"cannot write an evicted adapter to {name}: {error.strerror}; free some space.") from error
-        return cls(Path(name), len(content), hashlib.sha256(content).digest())
-
-    def read(self) -> Tensor:
-        """Return the vectors."""
-        try:
-            with open_file(self.path) as file:
-                content = bytearray(file.read(self.size + 1))
-            if hashlib.sha256(content).digest() != self.digest:
-                raise OSError(0, "it is not what was written")
-            return torch.frombuffer(content, dtype=torch.float32)
-        except OSError as error:
-            reason = error.strerror or error
-            raise IA3Error(f"the evicted adapter in {self.path} cannot be read: {reason}; load it again.") from error
-
-
-class _Adapter:
-    """One adapter: the slot it has, or its vectors elsewhere, and how many batches are running with it."""
-
-    def __init__(self) -> None:
-        self.slot: int | None = None
-        self.vectors: Tensor | None = None  # all layers' side by side, fp32 on the host; only while it has no slot
-        self.file: _File | None = None  # the same in a file, kept when it comes back: it never changes
-        self.users = 0
-        self.is_pinned = False
-        self.is_listed = True  # else unloaded while in use: the last user frees the slot
 
 
 class AdapterBank:
@@ -146,18 +75,11 @@ class AdapterBank:
         if getattr(tuner, "bank", None) is not None:
             raise IA3Error("the model has a bank already; load into that one, or close it first.")
         self.capacity = capacity
-        self._host_limit = host_limit
         self._lock = threading.RLock()
-        self._adapters: dict[str, _Adapter] = {}
-        self._queue: OrderedDict[_Adapter, None] = OrderedDict()  # those in slots, least recently used first
-        self._free: list[int] = []  # of those that were used
-        self._unused = 0  # the first of those that never were
-        self._hits = self._misses = self._evictions = 0
+        self._adapters: dict[str, Adapter] = {}
         self._sites: Sites | None = None
         self.scales: dict[nn.Module, Tensor | None] = {}
         self._places: dict[str, tuple[int, ...]] = {}
-        self._matrices: list[Tensor] = []
-        self._fences = _Fences()
         self.model: Any = model
         self._folder: Path | None = None
         if config is not None:
@@ -166,13 +88,14 @@ class AdapterBank:
             if config is not None:
                 self.model = get_peft_model(model, config)
             self._tuner: Any = self.model.base_model
-            self._cover(self._tuner.sites())
             if folder is not None:
                 try:
                     Path(folder).mkdir(parents=True, exist_ok=True)
                     self._folder = Path(tempfile.mkdtemp(prefix="evicted-", dir=folder))
                 except OSError as error:
                     raise IA3Error(f"cannot write into {folder}: {error.strerror}; choose another folder.") from error
+            self._slots = Slots(capacity, self._folder, host_limit)
+            self._cover(self._tuner.sites())
         self._tuner.bank = self
 
     # --- what is there ------------------------------------------------------------------------------------------------
@@ -192,7 +115,7 @@ class AdapterBank:
         with self._lock:
             adapters = list(self._adapters.values())
             outside = [adapter for adapter in adapters if adapter.slot is None]
-            size = 4 * sum(matrix.shape[1] for matrix in self._matrices)
+            size = 4 * self._slots.entry_count
             return BankReport(
                 capacity=self.capacity,
                 resident=len(adapters) - len(outside),
@@ -202,9 +125,9 @@ class AdapterBank:
                 slot_bytes=size * self.capacity,
                 host_bytes=size * sum(adapter.vectors is not None for adapter in outside),
                 file_bytes=size * sum(adapter.file is not None for adapter in adapters),
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._evictions,
+                hits=self._slots.hits,
+                misses=self._slots.misses,
+                evictions=self._slots.evictions,
             )
 
     # --- coming and going ---------------------------------------------------------------------------------------------
@@ -236,12 +159,12 @@ class AdapterBank:
             old = self._adapters.get(name)
             if old is not None and old.slot is not None and not old.users:
                 self._forget(name)  # its slot is the next that is taken
-            slot = self._fill_slot(vectors)
+            adapter = Adapter()
+            self._slots.enter(adapter, vectors)
             if name in self._adapters:
                 self._forget(name)
-            adapter = self._adapters[name] = _Adapter()
             adapter.is_pinned = pin
-            self._enter(adapter, slot)
+            self._adapters[name] = adapter
 
     def _check_absent(self, name: str, replace: bool) -> None:
         if name in self._adapters and not replace:
@@ -262,7 +185,7 @@ class AdapterBank:
         """Bring an adapter into a slot, and never evict it."""
         with self._lock:
             adapter = self._known(name)
-            self._bring(adapter)
+            self._slots.bring(adapter)
             adapter.is_pinned = True
 
     def unpin(self, name: str) -> None:
@@ -300,23 +223,23 @@ class AdapterBank:
 
     def __reduce__(self) -> Any:
         # A copy of the model, or its pickle, goes without: the slots belong to this model's batches.
-        return _nothing, ()
+        return type(None), ()
 
-    # --- the table; all of this is called with the lock held ----------------------------------------------------------
+    # --- adapters and their slots; called with the lock held ----------------------------------------------------------
 
-    def _known(self, name: str) -> _Adapter:
+    def _known(self, name: str) -> Adapter:
         adapter = self._adapters.get(name)
         if adapter is None:
             raise unknown_name(name, self._adapters, "the bank")
         return adapter
 
-    def _acquire(self, name: str) -> _Adapter:
+    def _acquire(self, name: str) -> Adapter:
         adapter = self._known(name)
-        self._bring(adapter)
+        self._slots.bring(adapter)
         adapter.users += 1
         return adapter
 
-    def _acquire_own(self, name: str) -> _Adapter:
+    def _acquire_own(self, name: str) -> Adapter:
         """Give an adapter of the model itself a slot, as it is now, for one batch."""
         assert self._sites is not None
         parts = []
@@ -324,90 +247,14 @@ class AdapterBank:
             vector = next(iter(vectors_of(layer, [name])), None)
             shape = vector_shape(layer, layer.is_feedforward)
             parts.append(torch.ones(shape) if vector is None else vector.detach().to("cpu", torch.float32))
-        adapter = _Adapter()
+        adapter = Adapter()
         adapter.is_listed = False  # the slot is free again after the batch
-        self._enter(adapter, self._fill_slot(torch.cat([part.reshape(-1) for part in parts])))
+        self._slots.enter(adapter, torch.cat([part.reshape(-1) for part in parts]))
         adapter.users = 1
         return adapter
 
-    def _release(self, adapter: _Adapter) -> None:
-        assert adapter.slot is not None
-        self._fences.note_read(adapter.slot, self._matrices)
-        adapter.users -= 1
-        if not adapter.users and not adapter.is_listed:
-            self._leave(adapter)
-
     def _forget(self, name: str) -> None:
-        adapter = self._adapters.pop(name)
-        adapter.is_listed = False
-        if adapter.slot is not None and not adapter.users:
-            self._leave(adapter)
-        if adapter.file is not None:
-            with suppress(OSError):  # somebody else's doing
-                adapter.file.path.unlink()
-
-    def _enter(self, adapter: _Adapter, slot: int) -> None:
-        adapter.slot, adapter.vectors = slot, None
-        self._queue[adapter] = None
-
-    def _leave(self, adapter: _Adapter) -> None:
-        assert adapter.slot is not None
-        self._free.append(adapter.slot)
-        adapter.slot = None
-        del self._queue[adapter]
-
-    def _bring(self, adapter: _Adapter) -> None:
-        """Into a slot, where it is not in one, and to the end of the queue for eviction."""
-        if adapter.slot is not None:
-            self._hits += 1
-            self._queue.move_to_end(adapter)
-        else:
-            vectors = adapter.vectors if adapter.file is None else adapter.file.read()
-            assert vectors is not None
-            self._enter(adapter, self._fill_slot(vectors))
-            self._misses += 1
-
-    def _fill_slot(self, vectors: Tensor) -> int:
-        """Return a slot that nobody reads, with these vectors in it."""
-        if not self._free and self._unused < self.capacity:
-            self._free.append(self._unused)
-            self._unused += 1
-        if not self._free:
-            self._evict()
-        slot = self._free.pop()
-        try:
-            self._write(slot, vectors)
-        except BaseException:
-            self._free.append(slot)
-            raise
-        return slot
-
-    def _evict(self) -> None:
-        """Free the slot of the least recently used adapter that may leave."""
-        adapter = next((one for one in self._queue if not one.users and not one.is_pinned), None)
-        if adapter is None:
-            pinned = sum(one.is_pinned for one in self._queue)
-            raise IA3Error(
-                f"the bank has no slot left: of its {self.capacity}, {pinned} are pinned and the others in use by "
-                "running batches; unpin or unload an adapter, run smaller batches, or make a bank of more capacity."
-            )
-        if adapter.file is None:
-            vectors = torch.cat([matrix[adapter.slot].cpu() for matrix in self._matrices])
-            if self._folder is None:
-                self._check_host_limit(vectors.nbytes)
-                adapter.vectors = vectors
-            else:
-                adapter.file = _File.write(self._folder, vectors)
-        self._leave(adapter)
-        self._evictions += 1
-
-    def _check_host_limit(self, size: int) -> None:
-        used = size * sum(adapter.vectors is not None for adapter in self._adapters.values())
-        if self._host_limit is not None and used + size > self._host_limit:
-            raise IA3Error(
-                f"evicted adapters take {used} bytes of host memory, and {size} more are above host_limit, "
-                f"{self._host_limit}; unload some, or give the bank a folder."
-            )
+        self._slots.forget(self._adapters.pop(name))
 
     # --- vectors ------------------------------------------------------------------------------------------------------
 
@@ -431,7 +278,7 @@ class AdapterBank:
                     torch._dynamo.mark_static_address(matrix)  # or a captured graph would copy it in every replay
                 self.scales[layer] = matrix
                 self._places[f"{KEY_PREFIX}{path}.ia3_l"] = shape
-                self._matrices.append(matrix)
+                self._slots.matrices.append(matrix)
         self._sites = sites
 
     def _read(self, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Tensor:
@@ -466,28 +313,18 @@ class AdapterBank:
         parts = [tensors[key] if key in tensors else ones[shape] for key, shape in places.items()]
         return torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
 
-    def _write(self, slot: int, vectors: Tensor) -> None:
-        sizes = [matrix.shape[1] for matrix in self._matrices]
-        if vectors.shape[0] < sum(sizes):  # read before the model got further layers, which it does not scale
-            vectors = torch.cat([vectors, vectors.new_ones(sum(sizes) - vectors.shape[0])])
-        parts = vectors.split(sizes)
-        with self._fences.writing(slot, self._matrices), torch.no_grad():
-            for matrix, part in zip(self._matrices, parts, strict=True):
-                # Through .data: graphs that saved the matrix for backward read other rows of it.
-                matrix.data[slot].copy_(part)
-
 
 class Lease:
     """The adapters of one batch, in their slots until :meth:`close`."""
 
     def __init__(self, bank: AdapterBank) -> None:
         self._bank = bank
-        self._held: dict[str, _Adapter] = {}
+        self._held: dict[str, Adapter] = {}
         self.scales: Mapping[nn.Module, Tensor | None] = dict(bank.scales)
 
     def rows(self, names: Sequence[str]) -> list[int]:
         """Return the slots of these adapters, which are held now in place of those before; all of them or an error."""
-        bank, held = self._bank, dict[str, _Adapter]()
+        bank, held = self._bank, dict[str, Adapter]()
 
         def is_listed(name: str) -> bool:
             return name in bank or name not in bank._tuner.peft_config
@@ -499,7 +336,7 @@ class Lease:
                         held[name] = bank._acquire(name) if is_listed(name) else bank._acquire_own(name)
             except BaseException:
                 for adapter in held.values():
-                    bank._release(adapter)
+                    bank._slots.release(adapter)
                 raise
             self.close()
             self._held = held
@@ -510,32 +347,5 @@ class Lease:
         """Let go of the slots."""
         with self._bank._lock:
             for adapter in self._held.values():
-                self._bank._release(adapter)
+                self._bank._slots.release(adapter)
             self._held = {}
-
-
-class _Fences:
-    """Keeps writing a slot apart from reading it across CUDA streams; on a CPU calls follow each other anyway."""
-
-    def __init__(self) -> None:
-        self._read: dict[int, list[torch.cuda.Event]] = {}  # by slot: the ends of the batches that read it
-
-    def note_read(self, slot: int, matrices: Sequence[Tensor]) -> None:
-        """Let a later write of the slot wait for the kernels that this thread has launched so far."""
-        devices = {matrix.device for matrix in matrices if matrix.is_cuda}
-        if devices:
-            running = [event for event in self._read.pop(slot, []) if not event.query()]
-            self._read[slot] = running + [torch.cuda.current_stream(device).record_event() for device in devices]
-
-    @contextmanager
-    def writing(self, slot: int, matrices: Sequence[Tensor]) -> Iterator[None]:
-        """Wait for the slot's readers before the copies into it, and for the copies at the end."""
-        for event in self._read.pop(slot, []):
-            event.synchronize()
-        yield
-        for device in {matrix.device for matrix in matrices if matrix.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
-
-
-def _nothing() -> None:
-    """Stand for a copied or unpickled bank."""

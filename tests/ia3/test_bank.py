@@ -53,7 +53,7 @@ def computed(model: ia3.PeftModel, name: str) -> Tensor:
 
 def facts(bank: AdapterBank) -> tuple[Any, ...]:
     """What a failed call must not have changed."""
-    return list(bank), bank.report(), [matrix.clone() for matrix in bank._matrices]
+    return list(bank), bank.report(), [matrix.clone() for matrix in bank._slots.matrices]
 
 
 def unchanged(bank: AdapterBank, before: tuple[Any, ...]) -> bool:
@@ -385,7 +385,7 @@ def test_threads_that_load_unload_and_generate(
     assert report.evictions > 0
     assert report.misses > 0
     assert report.in_use == 0
-    assert report.resident + len(bank._free) == 17
+    assert report.resident + len(bank._slots._free) == 17
 
 
 # --- beside the model's own -----------------------------------------------------------------------------------------
