@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     )
     from .tuner import IA3Model
 
-# Where each name lives; what PEFT has stays PEFT's.
+# Where each name is found; what PEFT has stays PEFT's. A tuner alone would not know the layers that model.py brings.
 _NAMES = {
     "peft": "PeftConfig PeftType TaskType get_layer_status get_model_status get_peft_model_state_dict "
     "prepare_model_for_kbit_training set_peft_model_state_dict",
@@ -67,9 +67,8 @@ _NAMES = {
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
     "AutoPeftModelForTokenClassification PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
     "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
-    "PeftModelForTokenClassification accelerate decelerate get_peft_model inject_adapter_in_model",
+    "PeftModelForTokenClassification accelerate decelerate get_peft_model inject_adapter_in_model IA3Model",
     ".reporting": "Report ReportRow report",
-    ".tuner": "IA3Model",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)

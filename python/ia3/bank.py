@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from ia3_kernels import target
 
-from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, check_values, read_tensors, vector_shape
+from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, check_values, read_tensors, stacked, vector_shape
 from .config import IA3Config
 from .errors import IA3Error
-from .experts import stacked
 from .files import source_folder
 from .layers import vectors_of
 from .model import check_unadapted, get_peft_model

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ia3_kernels.target import host_memory
 
 from .errors import IA3Error, reason_of
 from .files import read_bytes
-from .matching import Plan, carriers, named_base_modules
-from .probing import base_of, features, is_scaled
+from .probing import base_of, carriers, features, is_scaled, named_base_modules
+
+if TYPE_CHECKING:
+    from .config import IA3Config
+    from .matching import Plan
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -30,6 +39,7 @@ _LONGEST_HEADER = 16 << 20
 KEY_PREFIX = "base_model.model."
 # What torch.compile puts before the names in a model that it wraps.
 COMPILED = "_orig_mod."
+_OLD_EXPERT = re.compile(r"\.experts\.(\d{1,9})\..*\.ia3_l$")
 
 
 def vector_shape(layer: nn.Module, is_feedforward: bool) -> tuple[int, ...]:
@@ -191,9 +201,6 @@ def _renamed(model: nn.Module, name: str) -> str:
             return KEY_PREFIX + key
     if not hasattr(getattr(model, "config", None), "model_type"):
         return name
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     renamed: str = rename_source_key(key, renamings, [])[0]
     return KEY_PREFIX + renamed
@@ -263,3 +270,70 @@ def check_saved(path: Path, expected: set[str]) -> None:
         )
     if any(name != plain_name(name) for name in tensors):
         save_file({plain_name(name): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+# --- files of separate experts --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def readable(model: nn.Module, folder: Path, config: IA3Config) -> Iterator[tuple[Path, IA3Config]]:
+    """Yield the folder of an adapter, or a copy, and its configuration, both in terms of experts that are parameters.
+
+    Older adapters have a vector for each of the experts, which were modules.
+    """
+    has_stacks = any(parameter.dim() == 3 for parameter in model.parameters())
+    changed, names, parameters = stacked(model, read_tensors(folder) if has_stacks else {})
+    if not parameters:
+        yield folder, config
+        return
+    config = copy.deepcopy(config)
+    config.target_parameters = sorted({*(config.target_parameters or ()), *parameters})
+    for field in ("target_modules", "feedforward_modules"):
+        value = getattr(config, field)
+        if isinstance(value, set):
+            old = {entry for entry in value if any(f".{name}".endswith(f".{entry}") for name in names)}
+            setattr(config, field, value - old)
+    with TemporaryDirectory() as scratch:
+        save_file({name: tensor.contiguous() for name, tensor in changed.items()}, Path(scratch) / WEIGHTS_NAME)
+        yield Path(scratch), config
+
+
+def stacked(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str], set[str]]:
+    """Return an adapter's tensors with those of separate experts put together as transformers does with weights.
+
+    Also the names of the layers that were, and of the parameters that are. Raises :class:`IA3Error` where some of a
+    layer's experts have none.
+    """
+    names: set[str] = set()
+    parameters: set[str] = set()
+    parts: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    rest = dict(tensors)
+    if not any(_OLD_EXPERT.search(key) for key in tensors) or not hasattr(getattr(model, "config", None), "model_type"):
+        return rest, names, parameters
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    order = {pattern: list(rule.source_patterns) for rule in converters for pattern in rule.source_patterns}
+    places = dict(model.named_parameters())
+    for key in tensors:
+        match = _OLD_EXPERT.search(key)
+        layer = key.removeprefix(KEY_PREFIX).removesuffix(".ia3_l")
+        name, pattern = rename_source_key(f"{layer}.weight", renamings, converters)
+        name = name.replace(".experts.", ".experts.base_layer.") if name not in places else name
+        if match is not None and pattern is not None and name in places:
+            parts[name][pattern][int(match[1])] = rest.pop(key)
+            names.add(layer)
+    for name, by_pattern in parts.items():
+        count, columns = places[name].shape[0], []
+        for pattern in order[next(iter(by_pattern))]:
+            missing = [expert for expert in range(count) if expert not in by_pattern[pattern]]
+            if missing:
+                raise IA3Error(
+                    f"the adapter has no vector for expert {missing[0]} of {name!r} ({pattern.strip('.')}), and has "
+                    "some for others; save it again with vectors for all of them."
+                )
+            columns.append(torch.stack([by_pattern[pattern][expert] for expert in range(count)]))
+        name = name.replace(".base_layer", "")
+        rest[f"{KEY_PREFIX}{name}.ia3_l"] = torch.cat(columns, 1)
+        parameters.add(".".join(name.split(".")[-2:]))
+    return rest, names, parameters

@@ -1,4 +1,4 @@
-"""Experts whose weights are three-dimensional parameters: which of them vectors can scale, and the computation.
+"""Experts whose weights are three-dimensional parameters: the layers that scale them, and the computation.
 
 transformers computes experts in functions that its registry knows by name (``experts_implementation``), and that call
 the experts' own ``_apply_gate`` between the two products. They run as they are, on a view of the experts whose
@@ -7,49 +7,26 @@ the experts' own ``_apply_gate`` between the two products. They run as they are,
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import re
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations import moe
 
 from ia3_kernels import gated_activation, scaled_activation
 
-from . import matching, patching
+from . import patching
 from .blocks import activation_name
-from .checkpoint import KEY_PREFIX, WEIGHTS_NAME, read_tensors
-from .config import IA3Config
 from .errors import IA3Error
 from .layers import Wrapper, effective_scale, is_untouched, refuse_training
-from .matching import Plan, Target, is_excluded, model_type
-from .probing import base_of, features
 
 DOWN = "down_proj"
-# The layers beside the experts that a model type's default targets are; a down projection where it has linear ones.
-_SPLIT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "llama4_text")
-_LINEAR = {
-    **dict.fromkeys(_SPLIT, ("k_proj", "v_proj", DOWN)),
-    "deepseek_v2": ("kv_b_proj", DOWN),
-    "deepseek_v3": ("kv_b_proj", DOWN),
-}
 # Implementations whose order of rows is known here.
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 # Experts that get a block of rows each, [experts * tokens, hidden], and run in no implementation of the registry.
-_BLOCKWISE = frozenset({"Llama4TextExperts"})
-_REGISTERED = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate", "config")
-_OLD_KEY = re.compile(r"\.experts\.(\d{1,9})\..*\.ia3_l$")
+BLOCKWISE = frozenset({"Llama4TextExperts"})
 
 Scales = Mapping[str, tuple[Tensor, Tensor | None]]
 
@@ -123,7 +100,7 @@ class Experts(Wrapper):
 
     def forward(self, *args: Any, **named: Any) -> Any:
         x: Tensor = args[0] if args else next(iter(named.values()))
-        if type(self.base_layer).__name__ in _BLOCKWISE:
+        if type(self.base_layer).__name__ in BLOCKWISE:
             x = x[: x.shape[0] // self.base_layer.num_experts]  # the first expert's block: every token once
         scales = {}
         for name, layer in self.layers().items():
@@ -166,13 +143,13 @@ def experts_forward(experts: Any, *args: Any, scales: Any = None, **named: Any) 
         return type(experts).forward(experts, *args, **named)
     inputs, count = (*args, *named.values()), experts.num_experts
     tokens: Tensor | None = None
-    if type(experts).__name__ in _BLOCKWISE:
+    if type(experts).__name__ in BLOCKWISE:
         x = inputs[0].view(count, -1, inputs[0].shape[-1])
         ids = torch.arange(count, dtype=torch.int32, device=x.device).repeat_interleave(x.shape[1])
         tokens = torch.arange(x.shape[1], device=x.device).repeat(count)
         hidden = _activate(experts, scales, ids, tokens, torch.bmm(x, experts.gate_up_proj).flatten(0, 1))
         return torch.bmm(hidden.view(count, x.shape[1], -1), experts.down_proj).flatten(0, 1)
-    name, index = _implementation(experts), inputs[1]
+    name, index = implementation_of(experts), inputs[1]
     # The order of the implementation's rows: by token, or sorted by expert as the registry's function sorts them.
     ids = index.reshape(-1)
     ids, order = (ids, None) if name == "batched_mm" else ids.sort()
@@ -249,7 +226,8 @@ def _one_by_one(view: Any, x: Tensor, index: Tensor, weights: Tensor, ids: Tenso
     return y[order.argsort()].view(*index.shape, -1).sum(1).to(x.dtype)
 
 
-def _implementation(experts: Any) -> str:
+def implementation_of(experts: Any) -> str:
+    """Return the name of the implementation that transformers runs; raises :class:`IA3Error` for an unknown one."""
     name = getattr(experts.config, "_experts_implementation", None) or "eager"
     if name not in _IMPLEMENTATIONS:
         raise IA3Error(
@@ -293,187 +271,3 @@ def unwrap(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):
             model.set_submodule(path, module.base_layer)
-
-
-# --- what a configuration means -------------------------------------------------------------------------------------
-
-
-def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) -> Plan:
-    """Find what ``config`` means in ``model``, as :func:`ia3.matching.plan_adapter`, ``target_parameters`` included."""
-    config = _with_defaults(model, config)
-    entries = config.target_parameters
-    if not entries:
-        return matching.plan_adapter(model, config, strict=strict)
-    own = matched_parameters(model, entries, config, strict)
-    # Feed-forward entries that mean parameters are those that the last lines here have written.
-    modules, feedforward = config.target_modules, config.feedforward_modules
-    if isinstance(feedforward, set):
-        feedforward = {entry for entry in feedforward if not _means(entry, entries) or entry in (modules or ())}
-    if modules is None and model_type(model) not in matching.TARGETS:
-        config.target_modules = modules = set()
-    config.feedforward_modules = set() if not modules and modules is not None else feedforward
-    plan = matching.plan_adapter(model, config, strict=strict)
-    config = plan.config
-    if isinstance(config.target_modules, str) or isinstance(config.feedforward_modules, str):
-        config.target_modules = {target.path for target in plan.targets}
-        config.feedforward_modules = {target.path for target in plan.targets if target.is_feedforward}
-    # PEFT, which knows no target_parameters of IA3's, would load the rest of such an adapter. A feed-forward module
-    # that is no target it refuses.
-    assert isinstance(config.feedforward_modules, set)
-    config.feedforward_modules |= {".".join(target.path.split(".")[-2:]) for target in own}
-    return dataclasses.replace(plan, targets=(*plan.targets, *own))
-
-
-def _means(entry: str, parameters: list[str]) -> bool:
-    return any(f".{one}".endswith(f".{entry}") or f".{entry}".endswith(f".{one}") for one in parameters)
-
-
-def _with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
-    """Return a copy in which nothing is None that mixtures of experts have defaults for; warns of them."""
-    config = copy.deepcopy(config)
-    names = _LINEAR.get(model_type(model) or "")
-    if config.target_modules is not None or names is None:
-        return config
-    if config.target_parameters is None:
-        entries = [f"experts.{DOWN}"]
-        if not any(f".{name}".endswith(f".{entries[0]}") for name, _ in model.named_parameters()):
-            return config
-        config.target_parameters = entries
-    linear = [path for path, module in matching.named_base_modules(model) if features(base_of(module))]
-    config.target_modules = {name for name in names if any(path.endswith(f".{name}") for path in linear)}
-    if config.feedforward_modules is None:
-        config.feedforward_modules = config.target_modules & {DOWN}
-    warnings.warn(
-        f"target_modules is not set, and PEFT has no defaults for {model_type(model)} that reach its experts: it is "
-        f"set to {sorted(config.target_modules)}, and target_parameters to {config.target_parameters}.",
-        stacklevel=4,
-    )
-    return config
-
-
-def matched_parameters(model: nn.Module, entries: list[str], config: IA3Config, strict: bool) -> list[Target]:
-    """Return the parameters whose names equal an entry or end with ``.entry``.
-
-    Raises :class:`IA3Error` for entries without parameters and, by their names, for parameters that cannot be scaled.
-    """
-    found: list[Target] = []
-    known: dict[str, None] = {}  # ends of names, in the model's order
-    met: set[str] = set()
-    wrappers: dict[int, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Experts):
-            wrappers[id(module.base_layer)] = module
-        wrapper = wrappers.get(id(module))
-        for name, parameter in module._parameters.items():
-            key = f"{path if wrapper is None else path.removesuffix('.base_layer')}.{name}"
-            if parameter is None or not path or ".ia3_l." in key:
-                continue
-            why = _obstacle(module, name, parameter)
-            if why is None:
-                known[".".join(key.split(".")[-2:])] = None
-            means = {entry for entry in entries if key == entry or key.endswith(f".{entry}")}
-            met |= means
-            if not means or is_excluded(key, config):
-                continue
-            if why is not None:
-                raise IA3Error(f"target_parameters matches {key!r}, {why}.")
-            there = None if wrapper is None else wrapper._modules.get(name)
-            found.append(Target(key, there or ExpertsMatrix(module, name), name == DOWN))
-    missing = sorted(set(entries) - met)
-    if missing and (strict or not met):
-        raise IA3Error(
-            f"target_parameters names {', '.join(map(repr, missing))}, and this {type(model).__name__} has no such "
-            f"parameter; experts' parameters in it are {', '.join(map(repr, known)) or 'none'}: correct the name."
-        )
-    return found
-
-
-def _obstacle(module: Any, name: str, parameter: Any) -> str | None:
-    """Return why vectors cannot scale a parameter, as the end of a sentence; ``None`` where they can."""
-    kind = type(module).__name__
-    if parameter.dim() != 3:
-        return (
-            f"a parameter of shape {list(parameter.shape)}; expected one of experts, [experts, ., .]: name linear "
-            "layers in target_modules"
-        )
-    is_blockwise = kind in _BLOCKWISE
-    if not is_blockwise and not all(hasattr(module, attribute) for attribute in _REGISTERED):
-        return f"part of a {kind}, whose layout is not known here; leave it out"
-    up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    if name not in (up, DOWN):
-        return f"which is not what vectors scale in a {kind}; name {up} or {DOWN}"
-    is_sharded = getattr(module, "_is_expert_parallel", False) or parameter.shape[0] != module.num_experts
-    if is_sharded or hasattr(parameter, "full_tensor"):
-        return "which is sharded over processes; load it without expert and tensor parallelism, and shard it afterwards"
-    if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-        return f"which is quantized ({str(parameter.dtype).removeprefix('torch.')}); load the model unquantized"
-    if not is_blockwise:
-        _implementation(module)
-    return None
-
-
-# --- files of separate experts --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def readable(model: nn.Module, folder: Path, config: IA3Config) -> Iterator[tuple[Path, IA3Config]]:
-    """Yield the folder of an adapter, or a copy, and its configuration, both in terms of experts that are parameters.
-
-    Older adapters have a vector for each of the experts, which were modules.
-    """
-    has_stacks = any(parameter.dim() == 3 for parameter in model.parameters())
-    changed, names, parameters = stacked(model, read_tensors(folder) if has_stacks else {})
-    if not parameters:
-        yield folder, config
-        return
-    config = copy.deepcopy(config)
-    config.target_parameters = sorted({*(config.target_parameters or ()), *parameters})
-    for field in ("target_modules", "feedforward_modules"):
-        value = getattr(config, field)
-        if isinstance(value, set):
-            old = {entry for entry in value if any(f".{name}".endswith(f".{entry}") for name in names)}
-            setattr(config, field, value - old)
-    with TemporaryDirectory() as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in changed.items()}, Path(scratch) / WEIGHTS_NAME)
-        yield Path(scratch), config
-
-
-def stacked(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str], set[str]]:
-    """Return an adapter's tensors with those of separate experts put together as transformers does with weights.
-
-    Also the names of the layers that were, and of the parameters that are. Raises :class:`IA3Error` where some of a
-    layer's experts have none.
-    """
-    names: set[str] = set()
-    parameters: set[str] = set()
-    parts: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
-    rest = dict(tensors)
-    if not any(_OLD_KEY.search(key) for key in tensors) or not hasattr(getattr(model, "config", None), "model_type"):
-        return rest, names, parameters
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    order = {pattern: list(rule.source_patterns) for rule in converters for pattern in rule.source_patterns}
-    places = dict(model.named_parameters())
-    for key in tensors:
-        match = _OLD_KEY.search(key)
-        layer = key.removeprefix(KEY_PREFIX).removesuffix(".ia3_l")
-        name, pattern = rename_source_key(f"{layer}.weight", renamings, converters)
-        name = name.replace(".experts.", ".experts.base_layer.") if name not in places else name
-        if match is not None and pattern is not None and name in places:
-            parts[name][pattern][int(match[1])] = rest.pop(key)
-            names.add(layer)
-    for name, by_pattern in parts.items():
-        count, columns = places[name].shape[0], []
-        for pattern in order[next(iter(by_pattern))]:
-            missing = [expert for expert in range(count) if expert not in by_pattern[pattern]]
-            if missing:
-                raise IA3Error(
-                    f"the adapter has no vector for expert {missing[0]} of {name!r} ({pattern.strip('.')}), and has "
-                    "some for others; save it again with vectors for all of them."
-                )
-            columns.append(torch.stack([by_pattern[pattern][expert] for expert in range(count)]))
-        name = name.replace(".base_layer", "")
-        rest[f"{KEY_PREFIX}{name}.ia3_l"] = torch.cat(columns, 1)
-        parameters.add(".".join(name.split(".")[-2:]))
-    return rest, names, parameters

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import experts
-from .config import IA3Config
-from .errors import IA3Error
 from .layers import queries_key
-from .matching import Plan, base_of, carriers, features, is_scaled, model_type
+from .probing import base_of, carriers, features, is_scaled, model_type
 
 # By model type the projection's name, and a configuration's groups of outputs with the queries' at the start of each.
 _Layout = Callable[[Any], tuple[int, int]]
@@ -42,7 +39,7 @@ def _falcon(config: Any) -> tuple[int, int]:
     return (1, heads * width) if config.multi_query else (heads, width)
 
 
-_LAYOUTS: dict[str, tuple[str, _Layout]] = {
+LAYOUTS: dict[str, tuple[str, _Layout]] = {
     "gpt2": ("c_attn", _blocks),
     "gpt_bigcode": ("c_attn", lambda config: _blocks(config) if config.multi_query else _by_head(config)),
     "phi3": ("qkv_proj", _blocks),
@@ -56,7 +53,7 @@ _LAYOUTS: dict[str, tuple[str, _Layout]] = {
 
 def queries(model: nn.Module, path: str, layer: nn.Module) -> Tensor | None:
     """Return which outputs of the projection are queries, ``[out]`` bool; None for what is no known projection."""
-    name, layout = _LAYOUTS.get(model_type(model) or "", ("", _blocks))
+    name, layout = LAYOUTS.get(model_type(model) or "", ("", _blocks))
     sizes = features(base_of(layer))
     if path.rpartition(".")[2] != name or sizes is None:
         return None
@@ -65,19 +62,6 @@ def queries(model: nn.Module, path: str, layer: nn.Module) -> Tensor | None:
     if "crossattention" not in path:  # whose queries have a projection of their own
         mask[:, :count] = True
     return mask.view(-1)
-
-
-def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) -> Plan:
-    """Find what ``config`` means in ``model``; as :func:`ia3.experts.plan_adapter`, ``scale_queries`` included."""
-    plan = experts.plan_adapter(model, config, strict=strict)
-    fused = (target for target in plan.targets if not target.is_feedforward)
-    if not plan.config.scale_queries and all(queries(model, one.path, one.module) is None for one in fused):
-        raise IA3Error(
-            f"scale_queries is False, but no target is a fused projection that is known here, as {model_type(model)!r} "
-            f"has {_LAYOUTS.get(model_type(model) or '', ('none',))[0]!r}; leave it out, and the queries' projections "
-            "out of target_modules."
-        )
-    return plan
 
 
 def mark(model: nn.Module, adapter_name: str, config: Any) -> None:

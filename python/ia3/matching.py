@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import TaskType
-from peft.tuners.ia3.layer import IA3Layer
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import IA3Config, fullmatch
 from .errors import IA3Error
 from .patching import execution_device
-from .probing import base_of, features, is_linear, is_scaled, reader_of
+from .probing import base_of, features, is_linear, is_scaled, model_type, named_base_modules, reader_of
 
 ALL_LINEAR = "all-linear"
 # The heads that belong to a task; a model has one of them.
@@ -62,29 +60,6 @@ class Plan:
 def _any_of(paths: Iterable[str]) -> str:
     """Return a regular expression that these names match, from their first to their last character."""
     return "|".join(map(re.escape, paths)) or "(?!)"
-
-
-def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Return ``model.named_modules()`` without the inside of layers and heads that already carry adapters."""
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if not path or path.startswith(inside):
-            continue
-        yield path, module
-        if isinstance(module, IA3Layer | ModulesToSaveWrapper):
-            inside += (path + ".",)
-
-
-def carriers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the modules of ``model`` that carry adapters, scaled layers and modules trained whole, by name."""
-    for path, module in model.named_modules():
-        if isinstance(module, IA3Layer | ModulesToSaveWrapper):
-            yield path, module
-
-
-def model_type(model: nn.Module) -> str | None:
-    """Return the ``model_type`` of a transformers model's configuration, or ``None``."""
-    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _endings(path: str) -> Iterator[str]:
@@ -267,7 +242,7 @@ def _saved_modules(model: nn.Module, config: IA3Config, explicit: Iterable[str])
     return found
 
 
-def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) -> Plan:
+def plan_modules(model: nn.Module, config: IA3Config, *, strict: bool = True) -> Plan:
     """Find what ``config`` means in ``model`` without changing either.
 
     strict: every entry of a list must match something. Loading a saved adapter is not strict: PEFT saves

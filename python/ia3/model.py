@@ -31,20 +31,22 @@ from .checkpoint import (
     expected_tensors,
     plain_name,
     present_tensors,
+    readable,
 )
 from .config import IA3Config
 from .errors import IA3Error
-from .experts import ExpertsMatrix, readable
+from .experts import ExpertsMatrix
 from .files import atomic_folder, source_folder
-from .fused import plan_adapter
 from .layers import ScaledLayer
-from .matching import Plan, carriers
+from .matching import Plan
 from .merging import model as merging
 from .patching import execution_device
-from .probing import base_of
+from .peft_layers import ExpertsLayer, MergingLayer
+from .planning import plan_adapter
+from .probing import base_of, carriers
 from .reporting import report
 from .swap import all_or_nothing, give_back_classes, in_place_of, install, uninstall
-from .tuner import ExpertsLayer, IA3Model, MergingLayer, check_name
+from .tuner import IA3Model, check_name
 
 logger = logging.getLogger(__name__)
 

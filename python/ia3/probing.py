@@ -1,11 +1,14 @@
-"""What a layer is, who calls it, and what its class computes, tried on numbers where names cannot tell."""
+"""What a layer is, where a model has which, and what a class computes, tried on numbers where names cannot tell."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.ia3.layer import IA3Layer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -70,6 +73,29 @@ def base_of(module: Any) -> nn.Module:
     """Return the layer inside of a scaled one, or the module itself."""
     base: nn.Module = module.base_layer if is_scaled(module) else module
     return base
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Return ``model.named_modules()`` without the inside of layers and heads that already carry adapters."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not path or path.startswith(inside):
+            continue
+        yield path, module
+        if isinstance(module, IA3Layer | ModulesToSaveWrapper):
+            inside += (path + ".",)
+
+
+def carriers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules of ``model`` that carry adapters, scaled layers and modules trained whole, by name."""
+    for path, module in model.named_modules():
+        if isinstance(module, IA3Layer | ModulesToSaveWrapper):
+            yield path, module
+
+
+def model_type(model: nn.Module) -> str | None:
+    """Return the ``model_type`` of a transformers model's configuration, or ``None``."""
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def reader_of(model: nn.Module, path: str) -> str | None:

@@ -1,134 +1,26 @@
-"""PEFT's IA3 layers and tuner with this package's computation, merging and batches of several adapters."""
+"""PEFT's IA3 tuner with this package's merging and batches of several adapters."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-from peft.tuners.ia3 import layer as peft_layer
 from peft.tuners.ia3 import model as peft_tuner
-from torch import Tensor, nn
+from torch import nn
 
 from . import experts, fused
 from .errors import IA3Error
 from .gate import Gate
 from .layers import ScaledLayer
-from .matching import carriers
 from .merging import model as merging
-from .merging.layer import MergeState, forget, restore, unmerged
-from .patching import execution_device
-from .probing import is_scaled
+from .merging.layer import forget, restore
+from .planning import plan_adapter
+from .probing import carriers, is_scaled
 from .serving.mixed import MixedBatch, Sites, check_batch, generation_repeats, survey
 from .swap import all_or_nothing, in_place_of, install, uninstall
-
-
-class MergingLayer(ScaledLayer):
-    """A scaled layer whose weight can hold its vectors, exactly and in place, also where PEFT asks it to."""
-
-    _merge_state: MergeState | None = None
-
-    @property
-    def is_suspended(self) -> bool:
-        """Return whether what the weight held is taken out, because adapters are disabled."""
-        return self._merge_state is not None and self._merge_state.is_suspended
-
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Let this layer's weight hold these adapters (the active ones); as PEFT's layers do."""
-        if merging.to_merge(self, adapter_names):
-            merging.merge(self, [("layer", self)], adapter_names, safe_merge)
-
-    def unmerge(self) -> None:
-        """Take out of this layer's weight what it holds, bit-exactly."""
-        merging.unmerge(self, [("layer", self)])
-
-    def unmerge_inexactly(self) -> None:
-        """Divide the weight by vectors that PEFT merged before the layer was accelerated; warns, as PEFT does."""
-        super().unmerge()  # type: ignore[misc]
-        self.note_running()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        # At once, and not in the next forward pass as in PEFT: an up projection that holds the vector runs before.
-        if not enabled and self.merged_adapters and self._merge_state is None:
-            self.unmerge_inexactly()
-        merging.suspend([("layer", self)], not enabled)
-        super().enable_adapters(enabled)  # type: ignore[misc]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.
-        with unmerged(self):
-            return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        is_new = any(f"{prefix}ia3_l.{name}" in state_dict for name in self.merged_adapters)
-        if is_new and f"{prefix}base_layer.weight" not in state_dict:
-            warnings.warn("adapters are merged; they are unmerged before vectors are replaced.", stacklevel=2)
-            self.unmerge()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-@in_place_of(peft_layer.Linear)
-class Linear(MergingLayer, peft_layer.Linear):
-    """PEFT's layer around an ``nn.Linear`` or ``Conv1D``."""
-
-
-@in_place_of(peft_layer.Conv2d)
-class Conv2d(MergingLayer, peft_layer.Conv2d):
-    """PEFT's layer around an ``nn.Conv2d``."""
-
-
-@in_place_of(peft_layer.Conv3d)
-class Conv3d(MergingLayer, peft_layer.Conv3d):
-    """PEFT's layer around an ``nn.Conv3d``."""
-
-
-if is_bnb_available():
-    from peft.tuners.ia3 import bnb as peft_bnb
-
-    @in_place_of(peft_bnb.Linear8bitLt)
-    class Linear8bitLt(MergingLayer, peft_bnb.Linear8bitLt):
-        """PEFT's layer around bitsandbytes' int8."""
-
-    if is_bnb_4bit_available():
-
-        @in_place_of(peft_bnb.Linear4bit)
-        class Linear4bit(MergingLayer, peft_bnb.Linear4bit):
-            """PEFT's layer around bitsandbytes' 4-bit."""
-
-
-class ExpertsLayer(MergingLayer, peft_layer.IA3Layer):
-    """The vectors of one parameter of experts; :class:`ia3.experts.Experts` around them computes."""
-
-    def __init__(self, base: experts.ExpertsMatrix) -> None:
-        nn.Module.__init__(self)
-        self.__dict__["base_layer"] = base  # whose experts stand beside this layer
-        self.ia3_l = nn.ParameterDict({})
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self.is_feedforward = base.is_input
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.training = base.experts.training
-
-    def update_layer(self, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        """Add an adapter's vectors; PEFT calls it."""
-        if not len(self.ia3_l):
-            self._active_adapter = adapter_name
-        make = torch.ones if config.init_ia3_weights else torch.randn
-        self.ia3_l[adapter_name] = nn.Parameter(make(self.base_layer.vector_shape))
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> Any:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        return execution_device(base_layer.experts) or device, dtype
-
-    def unmerged(self) -> Any:
-        """Return a block within which the experts hold no vectors."""
-        return unmerged(self)
 
 
 @in_place_of(peft_tuner.IA3Model)
@@ -152,7 +44,7 @@ class IA3Model(peft_tuner.IA3Model):
 
     def scaled_layers(self) -> list[tuple[str, Any]]:
         """Return the layers with vectors, by name."""
-        return [(path, layer) for path, layer in self.model.named_modules() if isinstance(layer, MergingLayer)]
+        return [(path, layer) for path, layer in self.model.named_modules() if isinstance(layer, ScaledLayer)]
 
     def check_known(self, adapter_names: str | Sequence[str]) -> list[str]:
         """Return the names as a list; raises :class:`IA3Error` for one that the model lacks."""
@@ -171,7 +63,7 @@ class IA3Model(peft_tuner.IA3Model):
             self.active_adapter = name
         config = self.peft_config[name]
         if getattr(config, "target_parameters", None):  # PEFT's own methods pass on a configuration as it is
-            self.peft_config[name] = experts.plan_adapter(model, config, strict=False).exact_config()
+            self.peft_config[name] = plan_adapter(model, config, strict=False).exact_config()
         super().inject_adapter(model, *args, **kwargs)
         self.peft_config[name] = config
         fused.mark(model, name, config)

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import ia3
-from ia3.matching import plan_adapter
+from ia3.planning import plan_adapter
 
 
 def _vectors(model: nn.Module) -> dict[str, torch.Size]:

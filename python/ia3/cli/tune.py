@@ -79,7 +79,8 @@ def _shapes_of(folder: Path) -> set[tuple[str, int, int, bool]]:
 
     from ..config import IA3Config
     from ..layers import plain_weight
-    from ..matching import is_linear, plan_adapter
+    from ..planning import plan_adapter
+    from ..probing import is_linear
 
     checkpoints.locate(folder)
     with torch.device("meta"):

@@ -25,10 +25,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint import KEY_PREFIX, read_tensors
+from ..checkpoint import KEY_PREFIX, read_tensors, stacked
 from ..config import IA3Config
 from ..errors import IA3Error, reason_of
-from ..experts import ExpertsMatrix, stacked
+from ..experts import ExpertsMatrix
 from ..files import atomic_folder, read_json
 from ..matching import is_feedforward
 from .shards import (
