@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         set_peft_model_state_dict,
     )
 
+    from .acceleration import accelerate, decelerate, inject_adapter_in_model
     from .bank import (
         AdapterBank,
         BankReport,
@@ -44,10 +45,7 @@ if TYPE_CHECKING:
         PeftModelForSeq2SeqLM,
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
-        accelerate,
-        decelerate,
         get_peft_model,
-        inject_adapter_in_model,
     )
     from .reporting import (
         Report,
@@ -56,10 +54,11 @@ if TYPE_CHECKING:
     )
     from .tuner import IA3Model
 
-# Where each name is found; what PEFT has stays PEFT's. A tuner alone would not know the layers that model.py brings.
+# Where each name is found; what PEFT has stays PEFT's. A tuner alone would not know its layers.
 _NAMES = {
     "peft": "PeftConfig PeftType TaskType get_layer_status get_model_status get_peft_model_state_dict "
     "prepare_model_for_kbit_training set_peft_model_state_dict",
+    ".acceleration": "IA3Model accelerate decelerate inject_adapter_in_model",
     ".bank": "AdapterBank BankReport",
     ".config": "IA3Config",
     ".errors": "IA3Error",
@@ -67,7 +66,7 @@ _NAMES = {
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
     "AutoPeftModelForTokenClassification PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
     "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
-    "PeftModelForTokenClassification accelerate decelerate get_peft_model inject_adapter_in_model IA3Model",
+    "PeftModelForTokenClassification get_peft_model",
     ".reporting": "Report ReportRow report",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}

@@ -26,7 +26,8 @@ from .config import IA3Config
 from .errors import IA3Error
 from .files import source_folder
 from .layers import vectors_of
-from .model import check_unadapted, get_peft_model
+from .model import get_peft_model
+from .planning import check_unadapted
 from .serving.mixed import BASE_NAME, Sites, unknown_name
 from .serving.routing import BASE
 from .serving.slots import Adapter, BankReport, Slots
@@ -60,9 +61,7 @@ class AdapterBank:
     ) -> None:
         if capacity is None and not isinstance(config, peft.IA3Config):
             config, capacity = None, config
-        for name, value in (("capacity", capacity), ("host_limit", host_limit)):
-            if name == "host_limit" and value is None:
-                continue
+        for name, value in (("capacity", capacity), ("host_limit", 1 if host_limit is None else host_limit)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise IA3Error(f"{name} is {value!r:.200}; expected a number above 0.")
         tuner: Any = getattr(model, "base_model", None)

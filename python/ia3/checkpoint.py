@@ -25,6 +25,7 @@ from ia3_kernels.target import host_memory
 
 from .errors import IA3Error, reason_of
 from .files import read_bytes
+from .layers import ScaledLayer
 from .probing import base_of, carriers, features, is_scaled, named_base_modules
 
 if TYPE_CHECKING:
@@ -90,6 +91,16 @@ def embeddings_of(model: nn.Module) -> list[nn.Module | None]:
         except NotImplementedError:  # a model without
             found.append(None)
     return found
+
+
+def check_embeddings_unmerged(model: nn.Module) -> None:
+    """Raise :class:`IA3Error` where embeddings that are to be saved hold vectors."""
+    for embedding in embeddings_of(model):
+        if isinstance(embedding, ScaledLayer) and embedding.merged_adapters:
+            raise IA3Error(
+                f"{', '.join(embedding.merged_adapters)} is merged into the embeddings, which were to be saved; "
+                "unmerge_adapter first, or leave save_embedding_layers out."
+            )
 
 
 def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:

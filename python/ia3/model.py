@@ -1,4 +1,4 @@
-"""PEFT's IA3 models with this package's layers: made, loaded, or accelerated where they are.
+"""PEFT's IA3 models with this package's layers: made, loaded and saved.
 
 What differs from PEFT is what computes, what merges, and that files and configurations are checked whole before
 anything is changed.
@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import peft
 import torch
-from peft.tuners.ia3 import layer as peft_layer
 from torch import nn
 
-from . import experts, fused
+from . import fused
 from .checkpoint import (
     WEIGHTS_NAME,
+    check_embeddings_unmerged,
     check_file,
     check_saved,
-    embeddings_of,
     expected_tensors,
     plain_name,
     present_tensors,
@@ -35,24 +33,13 @@ from .checkpoint import (
 )
 from .config import IA3Config
 from .errors import IA3Error
-from .experts import ExpertsMatrix
 from .files import atomic_folder, source_folder
-from .layers import ScaledLayer
 from .matching import Plan
-from .merging import model as merging
-from .patching import execution_device
-from .peft_layers import ExpertsLayer, MergingLayer
-from .planning import plan_adapter
-from .probing import base_of, carriers
-from .reporting import report
-from .swap import all_or_nothing, give_back_classes, in_place_of, install, uninstall
-from .tuner import IA3Model, check_name
-
-logger = logging.getLogger(__name__)
-
-_Model = TypeVar("_Model", bound=nn.Module)
-# The methods by which transformers puts adapters into a model that no PeftModel wraps.
-_INJECTING = ("add_adapter", "load_adapter")
+from .peft_layers import injecting, staying
+from .planning import check_unadapted, plan_adapter
+from .reporting import log_report
+from .swap import all_or_nothing, in_place_of, install
+from .tuner import check_name
 
 
 def _forward_as(theirs: Any) -> Any:
@@ -93,11 +80,12 @@ class PeftModel(peft.PeftModel):
         check_name(adapter_name)
         plan = plan_adapter(model, IA3Config.of(peft_config))
         with all_or_nothing(model, adapter_name):
-            with _injecting(model, plan, adapter_name):
+            with injecting(model, plan, adapter_name):
                 super().__init__(model, plan.exact_config(), adapter_name, **kwargs)
             self.base_model.peft_config[adapter_name] = plan.config
             self.training = model.training
-            accelerate(self)
+            install(self)
+            log_report(self)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         """Add a new adapter, which is not active unless there is no other; PEFT's method.
@@ -111,7 +99,7 @@ class PeftModel(peft.PeftModel):
     def _add(self, adapter_name: str, plan: Plan, *args: Any, **kwargs: Any) -> None:
         is_first = not self.active_adapters
         with all_or_nothing(self.get_base_model(), adapter_name):
-            with _injecting(self.get_base_model(), plan, adapter_name):
+            with injecting(self.get_base_model(), plan, adapter_name):
                 super().add_adapter(adapter_name, plan.exact_config(), *args, **kwargs)
             self.peft_config[adapter_name] = plan.config
             if is_first:
@@ -180,12 +168,13 @@ class PeftModel(peft.PeftModel):
             plan = plan_adapter(model, found, strict=False)
             mapping = check_file(model, folder, expected_tensors(plan), key_mapping)
             with all_or_nothing(model, adapter_name):
-                with _injecting(model, plan, adapter_name), _staying(model):
+                with injecting(model, plan, adapter_name), staying(model):
                     result = peft.PeftModel.from_pretrained(
                         model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
                         key_mapping=mapping, **kwargs,
                     )  # fmt: skip
-                accelerate(result)
+                install(result)
+                log_report(result)
                 if config is not None:  # the caller's object is the model's, as in PEFT
                     vars(config).update(vars(plan.config))
                 result.peft_config[adapter_name] = config or plan.config
@@ -228,7 +217,7 @@ class PeftModel(peft.PeftModel):
                     self.base_model.unmerge_adapter()
                 if any(tensor.is_meta for tensor in expected.values()) and plan is None:
                     kwargs["low_cpu_mem_usage"] = True  # there is nothing to copy into
-                with _staying(base):
+                with staying(base):
                     result = super().load_adapter(
                         str(folder),
                         adapter_name,
@@ -246,7 +235,7 @@ class PeftModel(peft.PeftModel):
         """Write the adapters' files and a model card, all of them or none; PEFT's method."""
         embeddings = kwargs.get("save_embedding_layers", args[2] if len(args) > 2 else "auto")
         if embeddings is True:
-            _check_embeddings_unmerged(self.get_base_model())
+            check_embeddings_unmerged(self.get_base_model())
         if kwargs.get("state_dict") is None and any(hasattr(p, "full_tensor") for p in self.parameters()):
             # Sharded: gathered, which all processes have to do together.
             kwargs["state_dict"] = {
@@ -272,94 +261,11 @@ class PeftModel(peft.PeftModel):
                     check_saved(path, {plain_name(key) for key in present_tensors(self.get_base_model(), name)})
 
 
-def _check_embeddings_unmerged(model: nn.Module) -> None:
-    for embedding in embeddings_of(model):
-        if isinstance(embedding, ScaledLayer) and embedding.merged_adapters:
-            raise IA3Error(
-                f"{', '.join(embedding.merged_adapters)} is merged into the embeddings, which were to be saved; "
-                "unmerge_adapter first, or leave save_embedding_layers out."
-            )
-
-
-def check_unadapted(model: Any) -> None:
-    """Raise :class:`IA3Error` for what is no model, or has adapters already."""
-    if not isinstance(model, nn.Module):
-        raise IA3Error(f"model is a {type(model).__name__}; expected an nn.Module: load it first.")
-    if isinstance(model, peft.PeftModel) or any(True for _ in carriers(model)):
-        raise IA3Error(
-            "the model already carries adapters; add another with add_adapter or load_adapter, run those that it has "
-            "with ia3.accelerate, or take them out with unload() first."
-        )
-
-
 def _located(model_id: str | os.PathLike[str], source: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Return the local folder of an adapter, and the arguments that did not serve to find it."""
     used = ("subfolder", "revision", "token", "cache_dir")
     folder = source_folder(model_id, **{name: source[name] for name in used if name in source})
     return folder, {name: value for name, value in source.items() if name not in used}
-
-
-@contextmanager
-def _staying(model: nn.Module) -> Iterator[None]:
-    """Keep PEFT, within the block, from dispatching a model anew that accelerate has spread or offloaded.
-
-    Its own way back takes all hooks away and knows LoRA's names only; layers that are wrapped keep their hooks.
-    """
-    places = model.__dict__.pop("hf_device_map", None)
-    try:
-        yield
-    finally:
-        if places is not None:
-            model.__dict__["hf_device_map"] = places
-
-
-@contextmanager
-def _seeming_present(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Show PEFT, within the block, offloaded weights on the device where they run, and where their vectors belong."""
-    shown: list[tuple[nn.Module, Any]] = []
-    try:
-        for layer in layers:
-            device, weight = execution_device(layer), layer._parameters.get("weight")
-            if device is not None and weight is not None and weight.is_meta:
-                values = torch.empty((), dtype=weight.dtype, device=device).expand(weight.shape)  # one number
-                layer._parameters["weight"] = nn.Parameter(values, requires_grad=weight.requires_grad)
-                shown.append((layer, weight))
-        yield
-    finally:
-        for layer, weight in shown:
-            trained: Any = layer._parameters["weight"]
-            layer._parameters["weight"] = weight.requires_grad_(trained.requires_grad)
-
-
-@contextmanager
-def _injecting(model: nn.Module, plan: Plan, adapter_name: str) -> Iterator[None]:
-    """Show PEFT, within the block, linear layers where targets are linear but for their class.
-
-    What PEFT says of nothing that a user did is not passed on; of ``fan_in_fan_out`` the plan has said what there is.
-    """
-    if not any(True for _ in carriers(model)):
-        model.requires_grad_(False)  # PEFT does it where it finds no layers with vectors, as those of experts are
-    for target in plan.targets:
-        if isinstance(target.module, ExpertsMatrix):
-            experts.wrap(model, target.path, ExpertsLayer(target.module))
-    bases = ((target.module, base_of(target.module)) for target in plan.targets)
-    hidden = [(layer, base) for layer, base in bases if not isinstance(base, ExpertsMatrix)]
-    odd = [base for _, base in hidden if not isinstance(base, nn.Linear | _KNOWN_TO_PEFT)]
-    kinds = [type(base) for base in odd]
-    for base, kind in zip(odd, kinds, strict=True):
-        base.__class__ = type(kind.__name__, (kind, nn.Linear), {})
-    try:
-        with _seeming_present(base for _, base in hidden), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-            yield
-        fused.mark(model, adapter_name, plan.config)
-    finally:
-        for base, kind in zip(odd, kinds, strict=True):
-            base.__class__ = kind
-
-
-_KNOWN_TO_PEFT = nn.Conv2d | nn.Conv3d | peft_layer.Conv1D
 
 
 def _for_task(theirs: Any) -> Any:
@@ -390,20 +296,20 @@ _MODELS: dict[str | None, Any] = {
 }
 
 
-def _auto(name: str, model_class: Any) -> Any:
+def _auto(model_class: Any) -> Any:
+    """Return the class that loads a base model as well: PEFT's, for this class of models."""
+    name = f"Auto{model_class.__name__}"
     theirs = getattr(peft, name)
     return type(name, (theirs,), {"_target_peft_class": model_class, "__module__": __name__, "__doc__": theirs.__doc__})
 
 
-AutoPeftModel = _auto("AutoPeftModel", PeftModel)
-AutoPeftModelForCausalLM = _auto("AutoPeftModelForCausalLM", PeftModelForCausalLM)
-AutoPeftModelForSeq2SeqLM = _auto("AutoPeftModelForSeq2SeqLM", PeftModelForSeq2SeqLM)
-AutoPeftModelForSequenceClassification = _auto(
-    "AutoPeftModelForSequenceClassification", PeftModelForSequenceClassification
-)
-AutoPeftModelForTokenClassification = _auto("AutoPeftModelForTokenClassification", PeftModelForTokenClassification)
-AutoPeftModelForQuestionAnswering = _auto("AutoPeftModelForQuestionAnswering", PeftModelForQuestionAnswering)
-AutoPeftModelForFeatureExtraction = _auto("AutoPeftModelForFeatureExtraction", PeftModelForFeatureExtraction)
+AutoPeftModel = _auto(PeftModel)
+AutoPeftModelForCausalLM = _auto(PeftModelForCausalLM)
+AutoPeftModelForSeq2SeqLM = _auto(PeftModelForSeq2SeqLM)
+AutoPeftModelForSequenceClassification = _auto(PeftModelForSequenceClassification)
+AutoPeftModelForTokenClassification = _auto(PeftModelForTokenClassification)
+AutoPeftModelForQuestionAnswering = _auto(PeftModelForQuestionAnswering)
+AutoPeftModelForFeatureExtraction = _auto(PeftModelForFeatureExtraction)
 
 
 def get_peft_model(
@@ -439,72 +345,3 @@ def get_peft_model(
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
-
-
-def inject_adapter_in_model(
-    peft_config: peft.IA3Config, model: nn.Module, adapter_name: str = "default", **kwargs: Any
-) -> nn.Module:
-    """Put a new adapter into ``model`` and return ``model`` itself, with no wrapper around it; as PEFT's function."""
-    config = IA3Config.of(peft_config)
-    plan = plan_adapter(model, config, strict="state_dict" not in kwargs)
-    with all_or_nothing(model, adapter_name):
-        with _injecting(model, plan, adapter_name):
-            peft.inject_adapter_in_model(plan.exact_config(), model, adapter_name, **kwargs)
-        configs: Any = model.peft_config
-        configs[adapter_name] = plan.config
-        return accelerate(model)
-
-
-# --- acceleration ---------------------------------------------------------------------------------------------------
-
-
-def accelerate(model: _Model) -> _Model:
-    """Run the IA3 layers of a ``peft.PeftModel`` on this package's kernels; returns ``model`` itself, changed in place.
-
-    Also takes a transformers model with adapters of its own (``add_adapter``, ``load_adapter``). Layers stay what they
-    are for everybody else: instances of PEFT's classes, with the same parameters and names in ``state_dict``. What PEFT
-    does afterwards (adding, switching, merging, deleting adapters) works, and keeps the model accelerated. What runs
-    where is in ``ia3.report(model)``, and in the log at level INFO.
-
-    Call it before sharding (FSDP) and compiling. A model that is accelerated already stays so. Raises
-    :class:`~ia3.errors.IA3Error` where there is nothing to accelerate.
-    """
-    if not isinstance(model, nn.Module):
-        raise IA3Error(f"model is a {type(model).__name__}; expected a peft.PeftModel or a transformers model.")
-    if not any(isinstance(module, peft_layer.IA3Layer) for module in model.modules()):
-        raise IA3Error(
-            f"this {type(model).__name__} has no IA3 layers of PEFT; put an adapter in first, with get_peft_model or "
-            "the model's add_adapter."
-        )
-    install(model)
-    if not any(isinstance(module, IA3Model) for module in model.modules()):
-        for name in _INJECTING:
-            if hasattr(type(model), name):
-                # A partial on the instance can be copied and pickled with the model, and deleted again.
-                setattr(model, name, functools.partial(_inject_and_install, model, name))
-    if logger.isEnabledFor(logging.INFO):
-        logger.info("accelerated:\n%s", report(model))
-    return model
-
-
-def decelerate(model: _Model) -> _Model:
-    """Undo :func:`accelerate`; returns ``model`` itself. Weights that hold vectors are unmerged."""
-    if experts.has_vectors(model):
-        raise IA3Error("the model has vectors on experts, which PEFT has no layers for; unload() the adapters instead.")
-    merged = [("layer", layer) for layer in model.modules() if isinstance(layer, MergingLayer) and layer._merge_state]
-    if merged:
-        merging.unmerge(model, merged)
-    uninstall(model)
-    give_back_classes(model)
-    for name in _INJECTING:
-        patch = model.__dict__.get(name)
-        if isinstance(patch, functools.partial) and patch.func is _inject_and_install:
-            delattr(model, name)
-    return model
-
-
-def _inject_and_install(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Call the method of the class; then the layers that it put in are accelerated as well."""
-    result = getattr(type(model), method)(model, *args, **kwargs)
-    install(model)
-    return result

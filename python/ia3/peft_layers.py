@@ -1,9 +1,10 @@
-"""PEFT's IA3 layers with this package's computation and merging: the classes that :mod:`~ia3.swap` gives them."""
+"""PEFT's IA3 layers: how they come into a model, and their classes with this package's computation and merging."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.ia3 import layer as peft_layer
 from torch import Tensor, nn
 
-from . import experts
+from . import experts, fused
 from .layers import ScaledLayer
+from .matching import Plan
 from .merging import model as merging
 from .merging.layer import MergeState, unmerged
 from .patching import execution_device
+from .probing import base_of, carriers
 from .swap import in_place_of
 
 
@@ -121,3 +124,68 @@ class ExpertsLayer(MergingLayer, peft_layer.IA3Layer):
     def unmerged(self) -> Any:
         """Return a block within which the experts hold no vectors."""
         return unmerged(self)
+
+
+# --- injection ------------------------------------------------------------------------------------------------------
+
+_KNOWN_TO_PEFT = nn.Conv2d | nn.Conv3d | peft_layer.Conv1D
+
+
+@contextmanager
+def staying(model: nn.Module) -> Iterator[None]:
+    """Keep PEFT, within the block, from dispatching a model anew that accelerate has spread or offloaded.
+
+    Its own way back takes all hooks away and knows LoRA's names only; layers that are wrapped keep their hooks.
+    """
+    places = model.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if places is not None:
+            model.__dict__["hf_device_map"] = places
+
+
+@contextmanager
+def _seeming_present(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Show PEFT, within the block, offloaded weights on the device where they run, and where their vectors belong."""
+    shown: list[tuple[nn.Module, Any]] = []
+    try:
+        for layer in layers:
+            device, weight = execution_device(layer), layer._parameters.get("weight")
+            if device is not None and weight is not None and weight.is_meta:
+                values = torch.empty((), dtype=weight.dtype, device=device).expand(weight.shape)  # one number
+                layer._parameters["weight"] = nn.Parameter(values, requires_grad=weight.requires_grad)
+                shown.append((layer, weight))
+        yield
+    finally:
+        for layer, weight in shown:
+            trained: Any = layer._parameters["weight"]
+            layer._parameters["weight"] = weight.requires_grad_(trained.requires_grad)
+
+
+@contextmanager
+def injecting(model: nn.Module, plan: Plan, adapter_name: str) -> Iterator[None]:
+    """Show PEFT, within the block, linear layers where targets are linear but for their class.
+
+    What PEFT says of nothing that a user did is not passed on; of ``fan_in_fan_out`` the plan has said what there is.
+    """
+    if not any(True for _ in carriers(model)):
+        model.requires_grad_(False)  # PEFT does it where it finds no layers with vectors, as those of experts are
+    for target in plan.targets:
+        if isinstance(target.module, experts.ExpertsMatrix):
+            experts.wrap(model, target.path, ExpertsLayer(target.module))
+    bases = ((target.module, base_of(target.module)) for target in plan.targets)
+    hidden = [(layer, base) for layer, base in bases if not isinstance(base, experts.ExpertsMatrix)]
+    odd = [base for _, base in hidden if not isinstance(base, nn.Linear | _KNOWN_TO_PEFT)]
+    kinds = [type(base) for base in odd]
+    for base, kind in zip(odd, kinds, strict=True):
+        base.__class__ = type(kind.__name__, (kind, nn.Linear), {})
+    try:
+        with _seeming_present(base for _, base in hidden), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+            yield
+        fused.mark(model, adapter_name, plan.config)
+    finally:
+        for base, kind in zip(odd, kinds, strict=True):
+            base.__class__ = kind

@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from typing import Any
 
+import peft
 from torch import nn
 
 from . import matching
@@ -15,7 +16,7 @@ from .errors import IA3Error
 from .experts import BLOCKWISE, DOWN, Experts, ExpertsMatrix, implementation_of
 from .fused import LAYOUTS, queries
 from .matching import Plan, Target, is_excluded
-from .probing import base_of, features, model_type, named_base_modules
+from .probing import base_of, carriers, features, model_type, named_base_modules
 
 # The layers beside the experts that a model type's default targets are; a down projection where it has linear ones.
 _SPLIT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "llama4_text")
@@ -25,6 +26,17 @@ _LINEAR = {
     "deepseek_v3": ("kv_b_proj", DOWN),
 }
 _REGISTERED = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate", "config")
+
+
+def check_unadapted(model: Any) -> None:
+    """Raise :class:`IA3Error` for what is no model, or has adapters already."""
+    if not isinstance(model, nn.Module):
+        raise IA3Error(f"model is a {type(model).__name__}; expected an nn.Module: load it first.")
+    if isinstance(model, peft.PeftModel) or any(True for _ in carriers(model)):
+        raise IA3Error(
+            "the model already carries adapters; add another with add_adapter or load_adapter, run those that it has "
+            "with ia3.accelerate, or take them out with unload() first."
+        )
 
 
 def plan_adapter(model: nn.Module, config: IA3Config, *, strict: bool = True) -> Plan:

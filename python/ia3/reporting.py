@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .layers import ScaledLayer, acting_adapters, plain_weight, vectors_of
 from .merging.quantized import error_of
 from .mlp import obstacle, patch_of
 from .probing import is_scaled
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ def report(model: nn.Module) -> Report:
     # What runs over packed weights: the model's dtype.
     dtype = getattr(base, "dtype", torch.float32)
     return Report([_row(path, layer, blocks.get(id(layer)), dtype) for path, layer in layers])
+
+
+def log_report(model: nn.Module) -> None:
+    """Write the report to the log, where somebody reads it at level INFO."""
+    if _logger.isEnabledFor(logging.INFO):
+        _logger.info("accelerated:\n%s", report(model))
 
 
 def _blocks(model: nn.Module) -> dict[int, tuple[nn.Module, Row]]:
