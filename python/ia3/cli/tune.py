@@ -78,16 +78,16 @@ def _shapes_of(folder: Path) -> set[tuple[str, int, int, bool]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..config import IA3Config
+    from ..fused import plan_adapter
     from ..layers import plain_weight
-    from ..matching import is_linear, plan_adapter
 
     checkpoints.locate(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     found = set()
     for entry in plan_adapter(model, IA3Config()).targets:
-        weight = plain_weight(entry.module) if is_linear(entry.module) else None
-        if weight is not None:
+        weight = plain_weight(entry.module)
+        if weight is not None:  # experts multiply in groups, which this does not measure
             side = "input" if entry.is_feedforward else "output"
             found.add((side, *weight.shape, weight.stride(1) != 1))
     return found
