@@ -10,12 +10,12 @@ from rich.table import Table
 
 from . import checkpoints, options
 
-OPTIONAL = ("transformers", "peft", "accelerate", "gguf", "matplotlib")
+PACKAGES = ("transformers", "peft", "accelerate", "gguf", "matplotlib")
 OPERATORS = ("scaled_linear", "gated_activation", "scaled_activation", "scale_weight_")
 
 
 def run() -> None:
-    """Print the installation, the backends, the choice for each operator, device and dtype, and what was tuned."""
+    """Show what is installed, what was built, and which backend runs what, and why."""
     import torch
 
     from ia3_kernels import backends, explain, routes, target
@@ -30,7 +30,7 @@ def run() -> None:
     except (RuntimeError, ValueError) as error:  # a word in the environment that means nothing
         fastest = f"not measured: {error}"
     installation.add_row("fastest dtype", escape(fastest.removeprefix("torch.")))
-    for package in OPTIONAL:
+    for package in PACKAGES:
         installation.add_row(package, target.version(package) or "not installed")
     console.print(installation)
 
