@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +104,9 @@ class Finetune:
         model = self._adapted(base)
         if self.resume:
             checkpoints.warn_if_merged(base, self.output)
-        batch = self.batch_size * settings.get("gradient_accumulation_steps", 1)
         arguments = {
-            "max_steps": self.steps or math.ceil(math.ceil(len(corpus.train) / batch) * self.epochs),
+            "max_steps": self.steps or -1,  # -1: as many as the epochs have
+            "num_train_epochs": self.epochs,
             "per_device_train_batch_size": self.batch_size,
             "per_device_eval_batch_size": self.batch_size,
             "learning_rate": self.learning_rate,

@@ -47,7 +47,7 @@ def fit(
 
     folder: for checkpoints, a tenth of the run apart. resume: go on from the last of them, where there is one.
     console: where to tell how far it is.
-    arguments: of `TrainingArguments`; `max_steps` must be among them.
+    arguments: of `TrainingArguments`.
 
     Raises IA3Error if a number is no longer finite, and Stopped at Ctrl-C or SIGTERM, once the step's checkpoint is
     written.
@@ -68,7 +68,7 @@ def fit(
         "disable_tqdm": True,
     }
     use_cache = model.config.use_cache
-    last, state = _last_checkpoint(folder) if resume else (None, None)
+    last = _last_checkpoint(folder) if resume else None
     watch = Watch(console)
     try:
         trainer = _Trainer(
@@ -83,12 +83,8 @@ def fit(
         raise IA3Error(f"transformers' Trainer refuses its options: {reason_of(error)}") from error
     trainer.remove_callback(transformers.PrinterCallback)
     try:
-        if state and state.global_step >= arguments["max_steps"]:  # the Trainer would do one more
-            model.load_adapter(last, "default")
-            trainer.state = state
-        else:
-            with console.status("training") as watch.status, signals(watch.on_signal):
-                trainer.train(resume_from_checkpoint=last)
+        with console.status("training") as watch.status, signals(watch.on_signal), contextlib.suppress(_Complete):
+            trainer.train(resume_from_checkpoint=last)
     except OSError as error:
         raise IA3Error(f"a checkpoint could not be written to {folder}: {error}; the one before is whole.") from error
     finally:
@@ -97,15 +93,16 @@ def fit(
     return list(trainer.state.log_history)
 
 
-def _last_checkpoint(folder: Path) -> tuple[str | None, TrainerState | None]:
-    """Return the newest checkpoint that is whole, and its state, which the Trainer writes last."""
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that is whole: the Trainer writes its state last."""
     names = re.compile(r"checkpoint-([0-9]{1,18})")
     found = {int(match[1]): path for path in folder.iterdir() if (match := names.fullmatch(path.name))}
     for _, path in sorted(found.items(), reverse=True):
         list(files_in(path))  # the Trainer reads whatever has the right name
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return str(path), TrainerState.load_from_json(str(path / "trainer_state.json"))
-    return None, None
+            TrainerState.load_from_json(str(path / "trainer_state.json"))
+            return str(path)
+    return None
 
 
 class _Trainer(transformers.Trainer):
@@ -133,6 +130,10 @@ class _Trainer(transformers.Trainer):
         return metrics
 
 
+class _Complete(Exception):
+    """The checkpoint that training goes on from is of its last step."""
+
+
 class Watch(transformers.TrainerCallback):
     """Tells how far training is, stops at what is not finite, and turns a signal into a last checkpoint."""
 
@@ -149,6 +150,10 @@ class Watch(transformers.TrainerCallback):
             raise Stopped(number, "nothing of this step was kept.")
         self.signal = number
         say("Interrupted", "finishing the step; once more to stop at once.")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:  # the Trainer would do one more
+            raise _Complete
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.monotonic()
