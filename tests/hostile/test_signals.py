@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich import filesize
 
 import ia3
 from ia3.cli import boundary
-from ia3.cli import merge as command
 from ia3.cli.app import main
 from ia3.files import atomic_folder, atomic_write_text
 from ia3.merging import checkpoint, shards
@@ -55,7 +55,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "mkdir": (os, "mkdir"),
     "rename": (os, "rename"),
     "rmtree": (__import__("shutil"), "rmtree"),
-    "said": (command, "_size"),
+    "said": (filesize, "decimal"),
 }
 
 

@@ -42,7 +42,7 @@ def run() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     chosen = Table("operator", "device", *names, title="Chosen", title_justify="left")
-    reasons: list[str] = []  # many choices share one reason, so the table holds its number
+    reasons: dict[str, int] = {}  # many choices share one reason, so the table holds its number
     for operator in OPERATORS:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             cells = []
@@ -52,12 +52,10 @@ def run() -> None:
                     backend, reason = choice.backend, choice.reason
                 except (RuntimeError, ValueError) as error:  # a backend asked for by name that cannot do it
                     backend, reason = "none", str(error)
-                if reason not in reasons:
-                    reasons.append(reason)
-                cells.append(f"{backend} ({reasons.index(reason) + 1})")
+                cells.append(f"{backend} ({reasons.setdefault(reason, len(reasons) + 1)})")
             chosen.add_row(operator, device, *cells)
     console.print(chosen)
-    for number, reason in enumerate(reasons, start=1):
+    for reason, number in reasons.items():
         console.print(f"({number}) {reason}", markup=False, highlight=False)
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
     for path, words in routes.report(gpu).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from rich import filesize
 from rich.console import Console
 from typer import Option
 
@@ -31,17 +32,10 @@ def run(
             task = progress.add_task("", total=plan.checkpoint.nbytes)
             write_merged(plan, out, link=link, advance=lambda count: progress.advance(task, count))
         tensors, nbytes = len({change.entry for change in plan.changes}), sum(change.nbytes for change in plan.changes)
-        print(f"Merged {tensors} tensors ({_size(nbytes)}) into {printable(str(out))}.")
+        print(f"Merged {tensors} tensors ({filesize.decimal(nbytes)}) into {printable(str(out))}.")
         if plan.checkpoint.left_out:
             names = ", ".join(str(path.relative_to(base)) for path in plan.checkpoint.left_out)
             print(f"Not merged, and not copied: {printable(names)}, which hold weights of their own.")
     except Stopped as stop:
         stop.sentence = f"{out} {'is whole' if os.path.lexists(out) else 'was not made'}."
         raise
-
-
-def _size(nbytes: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} bytes"
