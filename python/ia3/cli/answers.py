@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,7 +24,14 @@ from .requests import BASE_NAME, Request
 
 # Adapters that have a slot at a time; more wait in host memory.
 _SLOTS = 1024
-_Wanted = dict[int, tuple[Request, list[int]]]  # by their lines: requests that can run, and the tokens of their prompts
+
+
+class _Ready(NamedTuple):
+    """A request that can run, behind what its answer begins with, and the tokens of its prompt."""
+
+    head: dict[str, Any]
+    request: Request
+    tokens: list[int]
 
 
 def go_on(job: Any, prompts: list[str], model: Any, tokenizer: Any) -> None:
@@ -57,48 +64,48 @@ def answer_all(
     stderr: Console,
 ) -> int:
     """Write a line of JSON for each request as soon as it is known: its text, or its error."""
-    wanted: _Wanted = {}
-    ids: dict[int, Any] = {}
+    ready: list[_Ready] = []
     errors = written = 0
     with output.json_lines(job.output) as write:
 
-        def answer(line: int, **content: Any) -> None:
+        def answer(head: dict[str, Any], **content: Any) -> None:
             nonlocal errors
             errors += "error" in content
-            write({"line": line} | ({"id": ids[line]} if line in ids else {}) | content)
+            write(head | content)
 
         for line, raw in lines:
+            head: dict[str, Any] = {"line": line}
             try:
                 content = requests.decode(raw)
-                if "id" in content:
-                    ids[line] = content["id"]
+                head |= {"id": content["id"]} if "id" in content else {}
                 request = requests.parse(content, folders, job.max_new_tokens, job.stop or ())
                 folder = folders[request.adapter] if request.adapter else job.adapter
                 tokens = encode(tokenizer, request.prompt, _is_chat(job, tokenizer, folder))
                 length = len(tokens) + request.max_new_tokens
                 checkpoints.check_length(model, length, "its prompt with max_new_tokens")
+                ready.append(_Ready(head, request, tokens))
             except Exception as error:  # a tokenizer's, say, of what is no text
-                answer(line, error=_said(error))
-            else:
-                wanted[line] = (request, tokens)
-        names = sorted({request.adapter for request, _ in wanted.values() if request.adapter})
+                answer(head, error=_said(error))
+        names = sorted({one.request.adapter for one in ready if one.request.adapter})
         with stderr.status("loading adapters"):
             model, known, failed = _with_bank(model, {name: folders[name] for name in names}, job.batch_size)
-        for line in [line for line, (request, _) in wanted.items() if request.adapter in failed]:
-            answer(line, error=failed[wanted.pop(line)[0].adapter or ""])
+        for one in ready:
+            if one.request.adapter in failed:
+                answer(one.head, error=failed[one.request.adapter])
+        ready = [one for one in ready if one.request.adapter not in failed]
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         start = time.perf_counter()
         with Progress(*columns, console=stderr) as progress:
-            task = progress.add_task("", total=len(wanted))
-            for batch in _batches(wanted, job):
-                for line, result in _run(model, tokenizer, wanted, batch, known, job.sampling):
+            task = progress.add_task("", total=len(ready))
+            for batch in _batches(ready, job):
+                for one, result in _run(model, tokenizer, batch, known, job.sampling):
                     if isinstance(result, str):
-                        answer(line, error=result)
+                        answer(one.head, error=result)
                     else:
-                        answer(line, adapter=wanted[line][0].adapter or BASE_NAME, text=result[0])
+                        answer(one.head, adapter=one.request.adapter or BASE_NAME, text=result[0])
                         written += result[1]
                     progress.advance(task)
-    if wanted:
+    if ready:
         seconds = time.perf_counter() - start
         stderr.print(f"{written:,} tokens in {seconds:.1f} s, {written / seconds:,.0f} a second")
     if errors:
@@ -173,36 +180,36 @@ def _with_bank(base: Any, folders: Mapping[str, Path], batch_size: int) -> tuple
     return base if bank is None else bank.model.eval(), known, failed
 
 
-def _batches(wanted: _Wanted, job: Any) -> Iterator[list[int]]:
-    """Yield lines that run together: as many new tokens and the same stops for each, prompts of about one length.
+def _batches(ready: list[_Ready], job: Any) -> Iterator[list[_Ready]]:
+    """Yield requests that run together: as many new tokens and the same stops for each, prompts of about one length.
 
     Of exactly one length where repetition is held back, which would else count what fills up the shorter ones.
     """
     is_exact = job.repetition_penalty != 1
 
-    def group(line: int) -> tuple[Any, ...]:
-        request, tokens = wanted[line]
-        return request.max_new_tokens, request.stop, len(tokens) if is_exact else 0
+    def group(one: _Ready) -> tuple[Any, ...]:
+        return one.request.max_new_tokens, one.request.stop, len(one.tokens) if is_exact else 0
 
-    order = sorted(wanted, key=lambda line: (*group(line), len(wanted[line][1])))
-    for _, members in groupby(order, group):
+    for _, members in groupby(sorted(ready, key=lambda one: (*group(one), len(one.tokens))), group):
         batch = list(members)
         yield from (batch[start : start + job.batch_size] for start in range(0, len(batch), job.batch_size))
 
 
 def _run(
-    model: Any, tokenizer: Any, wanted: _Wanted, batch: list[int], known: Mapping[str, str], sampling: dict[str, Any]
-) -> list[tuple[int, tuple[str, int] | str]]:
-    """Return each line's text and count of tokens, or its error: a batch that fails runs again, one by one."""
-    first, prompts = wanted[batch[0]][0], [wanted[line][1] for line in batch]
-    named = {"adapter_names": [known.get(wanted[line][0].adapter or "", BASE_NAME) for line in batch]} if known else {}
-    options = {"max_new_tokens": first.max_new_tokens, **sampling, **named}
+    model: Any, tokenizer: Any, batch: list[_Ready], known: Mapping[str, str], sampling: dict[str, Any]
+) -> list[tuple[_Ready, tuple[str, int] | str]]:
+    """Return each request's text and count of tokens, or its error: a batch that fails runs again, one by one."""
+    options = {"max_new_tokens": batch[0].request.max_new_tokens, **sampling}
+    if known:
+        options["adapter_names"] = [known.get(one.request.adapter or "", BASE_NAME) for one in batch]
     try:
-        return list(zip(batch, generate(model, tokenizer, prompts, first.stop, **options), strict=True))
+        prompts = [one.tokens for one in batch]
+        results = generate(model, tokenizer, prompts, batch[0].request.stop, **options)
+        return list(zip(batch, results, strict=True))
     except Exception as error:  # of whatever kind: the other requests are not to blame
         if len(batch) == 1:
             return [(batch[0], _said(error))]
-    return [each for line in batch for each in _run(model, tokenizer, wanted, [line], known, sampling)]
+    return [each for one in batch for each in _run(model, tokenizer, [one], known, sampling)]
 
 
 def _said(error: Exception) -> str:
