@@ -138,6 +138,18 @@ def _interrupted(number: int, work: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_what_a_shell_lets_a_job_ignore_stays_ignored(number: int) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with boundary._terminated_cleanly():
+            os.kill(os.getpid(), number)
+            time.sleep(0)
+            assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("place", ["new", "there"])
 def test_a_folder_is_replaced_whole_or_not_at_all(
     place: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
