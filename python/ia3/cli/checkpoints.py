@@ -153,19 +153,14 @@ def load(
     with _sentence(f"the tokenizer of {source.path} cannot be loaded"):
         tokenizer: Any = kind.from_pretrained(str(source.folder), **source.arguments())
     if not tokenizer.get_vocab():
-        raise IA3Error(
-            f"{source.path} has no tokenizer; put its tokenizer.json and tokenizer_config.json beside the weights."
-        )
+        raise IA3Error(f"{source.path} has no tokenizer; put tokenizer.json and tokenizer_config.json beside it.")
     if tokenizer.pad_token_id is None:  # any will do, since what it fills is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     model = _load_model(source, dtype, device, four_bit)
     rows = next(model.get_input_embeddings().parameters()).shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
-        raise IA3Error(
-            f"the tokenizer has ids up to {highest:,}, but the model's embedding has {rows:,} rows; "
-            "use the tokenizer that belongs to the model."
-        )
+        raise IA3Error(f"the tokenizer has ids up to {highest:,}, but the model embeds {rows:,}; use the model's own.")
     return tokenizer, model
 
 
@@ -187,9 +182,8 @@ def _load_model(source: Source, dtype: torch.dtype, device: str, four_bit: bool)
         )
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random ones
-        raise IA3Error(
-            f"{source.path} lacks {len(missing)} of the model's weights, {missing[0]} among them; get the whole model."
-        )
+        what = f"{len(missing)} of the model's weights, {missing[0]} among them"
+        raise IA3Error(f"{source.path} lacks {what}; get the whole model.")
     return model.eval() if four_bit else model.to(device).eval()
 
 

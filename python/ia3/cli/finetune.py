@@ -18,6 +18,7 @@ from ..errors import IA3Error
 from ..files import atomic_folder, check_parent, follow
 from . import options
 from .boundary import Stopped
+from .options import at_least, within
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from . import data as reading
 
 LOSS_CURVE, METRICS = "loss.png", "metrics.json"
+NAMES = "NAME,...|re:REGEX"
 MODULES = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
 
 
@@ -48,27 +50,21 @@ class Finetune:
     output: Path = Option(..., "--output", "-o", metavar="DIR", help="Folder to make for all that is written.")
     resume: bool = Option(False, "--resume", help="Go on from the last checkpoint in the output folder.")
     target_modules: str | None = Option(
-        None,
-        metavar="NAMES",
-        help="Layers that get a vector: NAME,NAME,... or re:REGEX or all-linear. Default: the model type's.",
+        None, metavar=NAMES, help="Layers that get a vector, or all-linear. Default: the model type's."
     )
-    feedforward_modules: str | None = Option(
-        None, metavar="NAMES", help="Those whose input is scaled: NAME,NAME,... or re:REGEX."
-    )
-    exclude_modules: str | None = Option(None, metavar="NAMES", help="Layers that get none: NAME,NAME,... or re:REGEX.")
-    modules_to_save: str | None = Option(
-        None, metavar="NAMES", help="Further modules, trained and saved whole: NAME,NAME,..."
-    )
+    feedforward_modules: str | None = Option(None, metavar=NAMES, help="Those of them whose input is scaled.")
+    exclude_modules: str | None = Option(None, metavar=NAMES, help="Layers that get none.")
+    modules_to_save: str | None = Option(None, metavar="NAME,...", help="Further modules, trained and saved whole.")
     fan_in_fan_out: bool = Option(False, "--fan-in-fan-out", help="The layers store (in, out), as GPT-2's do.")
     random_init: bool = Option(False, "--random-init", help="Start at random values instead of ones.")
-    steps: int | None = Option(None, callback=options.at_least(1), help="Optimizer steps; wins over --epochs.")
-    epochs: float = Option(3.0, callback=options.within("(0, inf)"), help="Passes over the data.")
-    batch_size: int = Option(4, callback=options.at_least(1), help="Sequences in a batch.")
-    block_size: int = Option(256, callback=options.at_least(2), help="Tokens in a sequence, at most.")
+    steps: int | None = Option(None, callback=at_least(1), help="Optimizer steps; wins over --epochs.")
+    epochs: float = Option(3.0, callback=within("(0, inf)"), help="Passes over the data.")
+    batch_size: int = Option(4, callback=at_least(1), help="Sequences in a batch.")
+    block_size: int = Option(256, callback=at_least(2), help="Tokens in a sequence, at most.")
     learning_rate: float = Option(
-        1e-2, "--learning-rate", "--lr", callback=options.within("(0, inf)"), help="The optimizer's: AdamW's."
+        1e-2, "--learning-rate", "--lr", callback=within("(0, inf)"), help="AdamW's step size."
     )
-    held_out: float = Option(0.1, callback=options.within("[0, 1)"), help="Part of the data to measure on; 0 for none.")
+    held_out: float = Option(0.1, callback=within("[0, 1)"), help="Part of the data to measure on; 0 for none.")
     load_in_4bit: options.FourBit = False
     dtype: options.Dtype = options.AUTO
     device: options.Device = "auto"

@@ -14,6 +14,7 @@ from typer import Option
 from ..errors import IA3Error
 from ..files import LONGEST_TEXT, check_file
 from . import options
+from .options import at_least, within
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,7 @@ class Generate:
     """Write continuations of prompts, with an adapter or without; or answer many requests, each with its own."""
 
     model: options.Model
-    adapter: Path | None = Option(
-        None, metavar="DIR", help="Folder with an adapter. Without one, the base model speaks."
-    )
+    adapter: Path | None = Option(None, metavar="DIR", help="An adapter's folder. Without one, the base model speaks.")
     prompt: list[str] | None = Option(
         None, metavar="TEXT", help="Text to go on from; may be given several times. Default: what is piped in."
     )
@@ -33,24 +32,20 @@ class Generate:
         help="JSON Lines (- for stdin): a 'prompt' or chat 'messages' in each, and if wanted its 'id', 'adapter', "
         "'max_new_tokens' and 'stop'.",
     )
-    adapters: Path | None = Option(
-        None, metavar="DIR", help="Folder with a sub-folder for each adapter that --requests may name."
-    )
+    adapters: Path | None = Option(None, metavar="DIR", help="Folder with a sub-folder for each adapter of --requests.")
     output: Path | None = Option(
         None, "--output", "-o", metavar="FILE", help="Where answers to --requests go, as they come. Default: stdout."
     )
-    batch_size: int = Option(32, callback=options.at_least(1), help="Requests that run together.")
-    max_new_tokens: int = Option(64, callback=options.at_least(1), help="Tokens to write, at most.")
+    batch_size: int = Option(32, callback=at_least(1), help="Requests that run together.")
+    max_new_tokens: int = Option(64, callback=at_least(1), help="Tokens to write, at most.")
     stop: list[str] | None = Option(None, metavar="TEXT", help="Text to stop before; may be given several times.")
     temperature: float = Option(
-        0.0, callback=options.within("[0, inf)"), help="0 takes the likeliest token, more is more random."
+        0.0, callback=within("[0, inf)"), help="0 takes the likeliest token, more is more random."
     )
-    top_p: float = Option(1.0, callback=options.within("(0, 1]"), help="Sample from the likeliest tokens of this mass.")
-    top_k: int = Option(
-        0, callback=options.at_least(0), help="Sample from that many of the likeliest tokens; 0 for all."
-    )
+    top_p: float = Option(1.0, callback=within("(0, 1]"), help="Sample from the likeliest tokens of this mass.")
+    top_k: int = Option(0, callback=at_least(0), help="Sample from that many of the likeliest tokens; 0 for all.")
     repetition_penalty: float = Option(
-        1.0, callback=options.within("(0, inf)"), help="Above 1 holds back tokens that were there already."
+        1.0, callback=within("(0, inf)"), help="Above 1 holds back what was there already."
     )
     chat: bool | None = Option(
         None,
@@ -69,9 +64,7 @@ class Generate:
         from . import answers, checkpoints, requests
 
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
-            raise IA3Error(
-                "--top-p and --top-k choose what to sample from, but --temperature is 0: it does not sample."
-            )
+            raise IA3Error("--top-p and --top-k are for sampling, but --temperature is 0: it does not sample.")
         if self.requests is None and (self.adapters or self.output):
             raise IA3Error("--adapters and --output are for --requests; use --adapter, and redirect stdout.")
         if self.requests is not None and (self.prompt or (self.adapter and self.adapters)):
