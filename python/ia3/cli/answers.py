@@ -56,14 +56,10 @@ def go_on(job: Any, prompts: list[str], model: Any, tokenizer: Any) -> None:
 
 
 def answer_all(
-    job: Any,
-    lines: list[tuple[int, bytes]],
-    folders: Mapping[str, Path],
-    model: Any,
-    tokenizer: Any,
-    stderr: Console,
+    job: Any, lines: list[tuple[int, bytes]], folders: Mapping[str, Path], model: Any, tokenizer: Any
 ) -> int:
-    """Write a line of JSON for each request as soon as it is known: its text, or its error."""
+    """Write a line of JSON for each request as soon as it is known: its text, or its error. Return the exit code."""
+    stderr = Console(stderr=True)
     ready: list[_Ready] = []
     errors = written = 0
     with output.json_lines(job.output) as write:

@@ -87,7 +87,7 @@ class Generate:
         if self.adapter is not None:
             model = checkpoints.load_adapter(model, self.adapter)
         if self.requests:
-            return answers.answer_all(self, lines, folders, model, tokenizer, stderr)
+            return answers.answer_all(self, lines, folders, model, tokenizer)
         answers.go_on(self, prompts, model, tokenizer)
         return 0
 
