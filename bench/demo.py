@@ -37,8 +37,8 @@ from transformers import PreTrainedModel
 
 from ia3 import IA3Config, PeftModel, TaskType, get_peft_model
 from ia3.cli import checkpoints, data
-from ia3.cli.finetune import LOSS_CURVE, training_bar
-from ia3.cli.generation import generate
+from ia3.cli.answers import generate
+from ia3.cli.finetune import LOSS_CURVE
 from ia3.cli.plot import loss_curve
 from ia3.cli.training import fit
 from ia3.errors import IA3Error
@@ -199,13 +199,13 @@ def run(output: Path, steps: int, learning_rate: float, rounds: int, budget: flo
     with console.status("generating before training"):
         before = continuation(base)
     model = get_peft_model(copy.deepcopy(base), IA3Config(task_type=TaskType.CAUSAL_LM))
-    with training_bar(console) as report, tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         log = fit(
             model,
             tokenizer,
             corpus,
             Path(scratch),
-            report,
+            console,
             max_steps=steps,
             eval_steps=math.ceil(steps / 2),
             save_strategy="no",

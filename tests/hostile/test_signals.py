@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich import filesize
 
 import ia3
 from ia3.cli import boundary
-from ia3.cli import merge as command
 from ia3.cli.app import main
 from ia3.files import atomic_folder, atomic_write_text
 from ia3.merging import checkpoint, shards
@@ -55,7 +55,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "mkdir": (os, "mkdir"),
     "rename": (os, "rename"),
     "rmtree": (__import__("shutil"), "rmtree"),
-    "said": (command, "_size"),
+    "said": (filesize, "decimal"),
 }
 
 
@@ -135,6 +135,18 @@ def test_a_process(number: int, folders: tuple[Path, Path], capsys: pytest.Captu
 def _interrupted(number: int, work: Callable[[], object]) -> None:
     with pytest.raises((KeyboardInterrupt, SystemExit)), boundary._terminated_cleanly():
         work()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_a_shell_lets_a_job_ignore_stays_ignored(number: int) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with boundary._terminated_cleanly():
+            os.kill(os.getpid(), number)
+            time.sleep(0)
+            assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from ia3.cli import tune as command
 from ia3.cli.app import main
+from ia3.fused import plan_adapter
 from ia3_kernels import routes, target, tune
 from ia3_kernels.launches import Architecture, linear_launch
 from ia3_kernels.routes import Measurement, Product
@@ -27,7 +35,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 ARCHITECTURE = Architecture("cuda", 80, 108)
 # Imported before a GPU is made up: packages that transformers imports with them would look at it.
-MODELS = (LlamaForCausalLM, GPT2LMHeadModel)
+MODELS = (LlamaForCausalLM, GPT2LMHeadModel, Qwen3MoeForCausalLM, plan_adapter)
 
 
 @pytest.fixture
@@ -128,8 +136,22 @@ def test_doctor_says_which_files_count(
             GPT2Config(n_embd=32, n_layer=2, n_head=4, n_inner=48, vocab_size=32),
             {("output", 96, 32, True), ("input", 32, 48, True)},
         ),
+        (
+            Qwen3MoeConfig(
+                hidden_size=64,
+                intermediate_size=96,
+                moe_intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                num_experts=4,
+                vocab_size=32,
+            ),
+            {("output", 32, 64, False)},
+        ),
     ],
-    ids=["llama", "gpt2"],
+    ids=["llama", "gpt2", "qwen3_moe"],
 )
 def test_a_model_folder_tells_its_shapes(
     gpu: list[Any], tmp_path: Path, config: Any, shapes: set[tuple[str, int, int, bool]]

@@ -1,1 +1,1 @@
-"""The command line: `app.py` declares the commands, and the steps behind them are modules of their own."""
+"""The command line: `app.py` puts the commands together, each of which is a module of its own."""

@@ -1,4 +1,4 @@
-"""Where exceptions become sentences: one line on stderr, an exit code, and no traceback."""
+"""Where exceptions and signals become sentences: one line on stderr, an exit code, and no traceback."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TextIO
+from typing import Any
 
 import typer
 
@@ -17,10 +17,9 @@ from ..errors import IA3Error, printable, reason_of
 
 USER_ERROR = 2
 BUG = 1
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # typer vendors click in some versions and imports it in others; in both, BadParameter derives from UsageError.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 
 class Stopped(SystemExit):
@@ -49,7 +48,7 @@ def say(kind: str, sentence: str) -> None:
 
 
 def run(command: Callable[[], object], settings: Settings) -> int:
-    """Run `command` and returns the exit code: an int that it returned, else 0, or what its error asks for."""
+    """Run `command` and return the exit code: an int that it returned, else 0, or what its error asks for."""
     try:
         with _terminated_cleanly(), _short_warnings():
             result = command()
@@ -57,19 +56,16 @@ def run(command: Callable[[], object], settings: Settings) -> int:
         if str(error):  # without one, typer has shown the help
             say("Error", _usage_sentence(error))
         return USER_ERROR
-    except Stopped as stop:
+    except (Stopped, KeyboardInterrupt) as error:
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         say("Interrupted", stop.sentence)
         return 128 + stop.number
-    except (KeyboardInterrupt, typer.Abort):
-        result = INTERRUPTED
     except Exception as error:
         if settings.traceback:
             traceback.print_exc()
         code, sentence = _describe(error)
         say("Error", sentence)
         return code
-    if result == INTERRUPTED:  # typer may have caught Ctrl-C itself, and returns its code
-        say("Interrupted", "the command did not finish.")
     return result if isinstance(result, int) else 0
 
 
@@ -79,50 +75,45 @@ def _describe(error: Exception) -> tuple[int, str]:
     first = reason_of(error)
     # torch has a class for a full GPU, but reports a full main memory as a plain RuntimeError
     if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
-        return (
-            USER_ERROR,
-            "the memory is full; try a smaller --batch-size or --block-size, fewer new tokens, or a smaller model.",
-        )
+        remedy = "try a smaller --batch-size or --block-size, fewer new tokens, or a smaller model"
+        return USER_ERROR, f"the memory is full; {remedy}."
     return BUG, f"unexpected {type(error).__name__}: {first} (`ia3 --traceback ...` shows more, for a report)"
 
 
-def _usage_sentence(error: Exception) -> str:
-    message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "ia3"
-    return f"{message.rstrip('.')}; `{path} --help` lists what fits."
+def _usage_sentence(error: Any) -> str:
+    path = error.ctx.command_path if error.ctx else "ia3"
+    return f"{error.format_message().rstrip('.')}; `{path} --help` lists what fits."
 
 
 @contextmanager
-def _terminated_cleanly() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that half-written folders are removed."""
+def signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Let `handler` have Ctrl-C and SIGTERM meanwhile; outside of the main thread they are another's to handle."""
+    previous: dict[int, Any] = {}
+    with suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as in a job that a shell runs in the background
+                previous[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for each, before in previous.items():
+            signal.signal(each, before)
+
+
+def _terminated_cleanly() -> AbstractContextManager[None]:
+    """Let both signals unwind like an exception, so that half-written folders are removed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    try:
-        previous = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: signals are another's to handle
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return signals(leave)
 
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     """Show warnings as one line each, without the source line that raised them."""
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if not issubclass(category, (DeprecationWarning, FutureWarning)):  # those are for programmers
             say("Warning", str(message))
 

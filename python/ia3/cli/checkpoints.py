@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import time
+import timeit
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from rich.markup import escape
 
 from ..errors import IA3Error, reason_of
 from ..files import open_file, read_model_config
@@ -18,9 +20,8 @@ from .options import AUTO
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,12 @@ class Source:
         return {"local_files_only": True} | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
-def require(purpose: str, *packages: str) -> None:
-    """Raise IA3Error with what to type if packages that only `purpose` needs are not installed: all of them at once."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+def require(purpose: str, **packages: bool) -> None:
+    """Raise IA3Error with what to type if some of the packages that `purpose` needs now are missing: all at once."""
+    needed = [package for package, is_needed in packages.items() if is_needed]
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise IA3Error(
-            f"{purpose} needs {', '.join(missing)}, which {verb} not installed; type `pip install {' '.join(missing)}`."
-        )
+        raise IA3Error(f"{purpose} needs packages that are not installed; type `pip install {' '.join(missing)}`.")
 
 
 def locate(path: Path) -> Source:
@@ -58,27 +57,27 @@ def locate(path: Path) -> Source:
     path = path.absolute()
     if not os.path.exists(path):
         raise IA3Error(f"{path} does not exist; MODEL is a model folder or a .gguf file on this machine.")
-    if path.is_dir():
-        for found in path.iterdir():
-            if not found.is_file() and not found.is_dir():  # transformers opens whatever has the right name
-                raise IA3Error(f"{found} is a device, a FIFO, or a link that leads nowhere; take it away.")
-        if not os.path.lexists(path / "config.json"):
-            if os.path.lexists(path / "adapter_config.json"):
-                raise IA3Error(
-                    f"{path} is an adapter, not a model; name its base model and pass the folder by --adapter."
-                )
-            raise IA3Error(f"{path} has no config.json, so it is no model folder; name one, or a .gguf file.")
+    if not path.is_dir():
+        return _locate_gguf(path)
+    for found in path.iterdir():
+        if not found.is_file() and not found.is_dir():  # transformers opens whatever has the right name
+            raise IA3Error(f"{found} is a device, a FIFO, or a link that leads nowhere; take it away.")
+    if os.path.lexists(path / "config.json"):
         read_model_config(path / "config.json")
         return Source(path)
+    if os.path.lexists(path / "adapter_config.json"):
+        raise IA3Error(f"{path} is an adapter, not a model; name its base model and pass the folder by --adapter.")
+    raise IA3Error(f"{path} has no config.json, so it is no model folder; name one, or a .gguf file.")
+
+
+def _locate_gguf(path: Path) -> Source:
     try:
         with open_file(path) as file:
-            magic = file.read(len(GGUF_MAGIC))
+            magic = file.read(4)
     except OSError as error:
         raise IA3Error(f"{path} cannot be read: {error.strerror}; name a model folder or a .gguf file.") from error
-    if magic != GGUF_MAGIC:
-        raise IA3Error(
-            f"{path} is not a GGUF file (it does not begin with 'GGUF'); name a model folder or a .gguf file."
-        )
+    if magic != b"GGUF":
+        raise IA3Error(f"{path} is not a GGUF file (it does not begin with GGUF); name a model folder or a .gguf file.")
     return Source(path.parent, path.name)
 
 
@@ -111,13 +110,12 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
         # A layer of a small model, and attention, which torch computes: forward and backward, as in a training step.
         x = torch.ones(256, 768, dtype=dtype, requires_grad=True)
         weight, scale = torch.ones(768, 768, dtype=dtype), torch.ones(768)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
+
+        def step() -> None:
             y = scaled_linear(x, weight, None, None, scale).view(1, 256, 12, 64).transpose(1, 2)
             torch.nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True).sum().backward()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+
+        return min(timeit.repeat(step, number=1, repeat=4))
 
     return torch.float32 if seconds(torch.bfloat16) > 1.25 * seconds(torch.float32) else torch.bfloat16
 
@@ -130,6 +128,15 @@ def check_kernels(device: str) -> None:
 
     with _sentence("no kernel can run"):
         explain("scaled_linear", device=device, dtype=torch.bfloat16)
+
+
+def load_for(job: Any, source: Source, stderr: Console) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load what is at `source` as the --device, --dtype and --load-in-4bit of a command ask for it."""
+    device = pick_device(job.device)
+    check_kernels(device)
+    dtype = pick_dtype(job.dtype, device)
+    with stderr.status(escape(f"loading {source.path}")):
+        return load(source, dtype, device, job.load_in_4bit)
 
 
 def load(
@@ -146,19 +153,14 @@ def load(
     with _sentence(f"the tokenizer of {source.path} cannot be loaded"):
         tokenizer: Any = kind.from_pretrained(str(source.folder), **source.arguments())
     if not tokenizer.get_vocab():
-        raise IA3Error(
-            f"{source.path} has no tokenizer; put its tokenizer.json and tokenizer_config.json beside the weights."
-        )
+        raise IA3Error(f"{source.path} has no tokenizer; put tokenizer.json and tokenizer_config.json beside it.")
     if tokenizer.pad_token_id is None:  # any will do, since what it fills is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     model = _load_model(source, dtype, device, four_bit)
     rows = next(model.get_input_embeddings().parameters()).shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
-        raise IA3Error(
-            f"the tokenizer has ids up to {highest:,}, but the model's embedding has {rows:,} rows; "
-            "use the tokenizer that belongs to the model."
-        )
+        raise IA3Error(f"the tokenizer has ids up to {highest:,}, but the model embeds {rows:,}; use the model's own.")
     return tokenizer, model
 
 
@@ -173,17 +175,16 @@ def _load_model(source: Source, dtype: torch.dtype, device: str, four_bit: bool)
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
+    model: Any
     with _sentence(f"the model {source.path} cannot be loaded"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             str(source.folder), dtype=dtype, output_loading_info=True, **arguments
         )
-    model, info = loaded
-    if info["missing_keys"]:  # transformers would go on with random ones
-        missing = sorted(info["missing_keys"])
-        raise IA3Error(
-            f"{source.path} lacks {len(missing)} of the model's weights, {missing[0]} among them; get the whole model."
-        )
-    return cast("PreTrainedModel", model.eval() if four_bit else model.to(device).eval())
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random ones
+        what = f"{len(missing)} of the model's weights, {missing[0]} among them"
+        raise IA3Error(f"{source.path} lacks {what}; get the whole model.")
+    return model.eval() if four_bit else model.to(device).eval()
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> Any:

@@ -11,10 +11,12 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IA3Error, reason_of
@@ -27,9 +29,12 @@ IGNORED = -100  # the label that the loss of transformers skips
 KINDS = {"messages": ("messages",), "pairs": ("prompt", "completion"), "text": ("text",)}  # by their fields
 EXPECTED = "a field 'text', or 'prompt' and 'completion', or 'messages'"
 FILES = "DATA is text, JSON, JSON Lines, CSV, TSV, Parquet, or a folder that `datasets` saved"
+JSON = (".json", ".jsonl", ".ndjson")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # A row has the fields of its kind, a sequence `input_ids` and `labels`: an id itself where it is learned, or IGNORED.
 Row = dict[str, Any]
 Tokens = dict[str, list[int]]
+_Placed = Iterable[tuple[str, Any]]  # what is to become rows, each behind the words that say where it stands
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,16 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises IA3Error, naming the file and where known the line, for whatever keeps it from being read.
     """
+    suffix = path.suffix.lower()
     if not os.path.exists(path):
         raise IA3Error(f"{path} does not exist; {FILES}.")
     if needs_datasets(path):
         return _checked((f"{path}, row {number}", row) for number, row in enumerate(_load_dataset(path)))
     text = _read_text(path)
-    if not text.strip():
-        raise IA3Error(f"{path} is empty; training needs text.")
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        return _checked(_json_document(text, path))
-    if suffix in (".jsonl", ".ndjson"):
-        return _checked(_json_lines(text, path))
-    if suffix in (".csv", ".tsv"):
-        return _checked(_table(text, path, "," if suffix == ".csv" else "\t"))
+    if suffix in JSON:
+        return _checked(_parse_records(text, path))
+    if suffix in DELIMITERS:
+        return _checked(_parse_table(text, path, DELIMITERS[suffix]))
     _refuse_disguise(text, path)
     return [{"text": text}]
 
@@ -90,10 +91,9 @@ def _load_dataset(path: Path) -> Any:
         raise IA3Error(f"{path} cannot be read as a data set ({reason_of(error)}); {FILES}.") from error
     if isinstance(found, datasets.Dataset):
         return found
-    split = "train" if "train" in found else next(iter(found))
-    if split != "train" and len(found) > 1:
+    if "train" not in found and len(found) > 1:
         raise IA3Error(f"{path} has the splits {', '.join(found)}; expected one named train, or a single one.")
-    return found[split]
+    return found.get("train", next(iter(found.values())))
 
 
 def _read_text(path: Path) -> str:
@@ -103,33 +103,33 @@ def _read_text(path: Path) -> str:
     if b"\0" in raw:
         raise IA3Error(f"{path} is not text (it has a zero byte at {raw.index(0)}); {FILES}.")
     try:
-        return raw.decode("utf-8-sig")  # a byte-order mark is no part of the text
+        text = raw.decode("utf-8-sig")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:
-        raise IA3Error(
-            f"{path} is not UTF-8 (byte {raw[error.start]:#04x} at offset {error.start}); convert it to UTF-8."
-        ) from error
+        what = f"byte {raw[error.start]:#04x} at offset {error.start}"
+        raise IA3Error(f"{path} is not UTF-8 ({what}); convert it to UTF-8.") from error
+    if not text.strip():
+        raise IA3Error(f"{path} is empty; training needs text.")
+    return text
 
 
-def _json_document(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """One JSON array; what is none is read as JSON Lines, which many name .json as well."""
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(text, path)
+def _parse_records(text: str, path: Path) -> _Placed:
+    """Read one JSON array; or JSON Lines, which many name .json as well."""
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        for number, record in enumerate(parse_json(text, str(path), "expected an array of objects")):
+            yield f"{path}, item {number}", record
         return
-    for number, record in enumerate(parse_json(text, str(path), "expected an array of objects")):
-        yield f"{path}, item {number}", record
-
-
-def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold what splitlines() splits at
         if line.strip():
             where = f"{path}, line {number}"
             yield where, parse_json(line, where, "expected one object a line")
 
 
-def parse_json(text: str, where: str, expected: str) -> Any:
-    """Parse JSON of any depth of nonsense. Raises IA3Error with `where` it stood and what was `expected`."""
+def parse_json(text: str | bytes, where: str, expected: str) -> Any:
+    """Parse JSON, in UTF-8 and of any depth of nonsense. Raises IA3Error: `where` it stood, what was `expected`."""
     try:
-        return json.loads(text)
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise IA3Error(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise IA3Error(f"{where} is not JSON ({error.msg} at column {error.colno}); {expected}.") from error
     except RecursionError as error:
@@ -138,11 +138,11 @@ def parse_json(text: str, where: str, expected: str) -> Any:
         raise IA3Error(f"{where} is not JSON ({reason_of(error)}); {expected}.") from error
 
 
-def _table(text: str, path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+def _parse_table(text: str, path: Path, delimiter: str) -> _Placed:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
-            yield f"{path}, line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
+            yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
         raise IA3Error(f"{path} is no table after line {reader.line_num} ({error}); quote its fields.") from error
 
@@ -150,21 +150,18 @@ def _table(text: str, path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
 def _refuse_disguise(text: str, path: Path) -> None:
     """Raise IA3Error for JSON Lines or a table under another name: nobody wants braces and field names learned."""
     first = text.lstrip().partition("\n")[0].strip()
-    try:
-        is_json = isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        is_json = False
-    columns = [
-        {name.strip().strip('"') for name in first.split(delimiter)} if delimiter in first else set()
-        for delimiter in ",\t"
-    ]
-    is_table = [any(found.issuperset(fields) for fields in KINDS.values()) for found in columns]
-    if is_json or any(is_table):
-        suffix = ".jsonl" if is_json else (".csv", ".tsv")[is_table.index(True)]
-        raise IA3Error(f"{path} looks like a {suffix} file, and would be learned as plain text; name it {suffix}.")
+    found = []
+    with suppress(ValueError, RecursionError):
+        found += [".jsonl"] if isinstance(json.loads(first), dict) else []
+    for suffix, delimiter in DELIMITERS.items():
+        names = {name.strip().strip('"') for name in first.split(delimiter)}
+        if delimiter in first and any(names.issuperset(fields) for fields in KINDS.values()):
+            found.append(suffix)
+    if found:
+        raise IA3Error(f"{path} looks like a {found[0]} file, and would be learned as plain text; name it {found[0]}.")
 
 
-def _checked(records: Iterable[tuple[str, Any]]) -> list[Row]:
+def _checked(records: _Placed) -> list[Row]:
     rows: list[Row] = []
     kind = ""
     for where, record in records:
@@ -185,10 +182,12 @@ def _checked(records: Iterable[tuple[str, Any]]) -> list[Row]:
 
 def kind_of(record: Row) -> str:
     """Return the key of KINDS whose fields are there and not null, or an empty string."""
-    names = [name for name, fields in KINDS.items() if all(record.get(field) is not None for field in fields)]
-    if not names:  # a null where a text belongs is told by the field's own check
-        names = [name for name, fields in KINDS.items() if all(field in record for field in fields)]
-    return names[0] if names else ""
+
+    def first(has: Callable[[str], bool]) -> str:
+        return next((kind for kind, fields in KINDS.items() if all(map(has, fields))), "")
+
+    # a null where a text belongs is told by the field's own check
+    return first(lambda field: record.get(field) is not None) or first(lambda field: field in record)
 
 
 def _field(record: Row, name: str, where: str) -> Any:
@@ -225,30 +224,51 @@ def prepare(
     What is kept apart is chosen by `seed`: whole texts, pairs or chats; of a single text, its end. The tokens that do
     not fill a last block are dropped. Raises IA3Error if either part comes out empty.
     """
-    from random import Random
-
     kind = kind_of(rows[0])
+    make = {"text": _text, "pairs": _pair, "messages": _chat}[kind]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if kind == "text":
-        documents = [_tokenize(tokenizer, row["text"]) + end for row in rows]
-        have = f"the data has {sum(map(len, documents)):,} tokens in {len(rows):,} texts"
-        corpus = _blocks_of(documents, block_size, held_out, seed)
+    whole = [make(row, tokenizer, end) for row in rows]
+    sizes = [len(sequence["input_ids"]) for sequence in whole]
+    cut = 0
+    if kind != "text":
+        cut = sum(size > block_size for size in sizes)
+        kept = max(1, round(held_out * len(rows))) if held_out else 0
+        train, apart = _split([_cut(sequence, block_size) for sequence in whole], [1] * len(rows), kept, seed)
+    elif len(rows) > 1:
+        tokens = max(held_out * sum(sizes), block_size) if held_out else 0
+        train, apart = (_blocks(part, block_size) for part in _split(whole, sizes, tokens, seed))
     else:
-        have = f"the data has {len(rows):,} {'chats' if kind == 'messages' else 'pairs'}"
-        make = _chat if kind == "messages" else _pair
-        whole = [_sequence(make(row, tokenizer, end)) for row in rows]
-        sequences = [_cut(sequence, block_size) for sequence in whole]
-        Random(seed).shuffle(sequences)
-        kept = max(1, round(held_out * len(sequences))) if held_out else 0
-        cut = sum(len(sequence["input_ids"]) > block_size for sequence in whole)
-        corpus = Corpus(kind, sequences[kept:], sequences[:kept], cut)
-    if not corpus.train or (held_out and not corpus.held_out):
-        part = "to train on" if not corpus.train else "to keep apart"
+        blocks = _blocks(whole, block_size)
+        kept = max(1, round(held_out * len(blocks))) if held_out else 0
+        train, apart = blocks[: len(blocks) - kept], blocks[len(blocks) - kept :]
+    if not train or (held_out and not apart):
         raise IA3Error(
-            f"{have}, too few for one sequence {part} (block size {block_size}, held-out fraction {held_out:g}); "
+            f"the data has {sum(sizes):,} tokens in {len(rows):,} rows, too few for one sequence "
+            f"{'to keep apart' if train else 'to train on'} (block size {block_size}, held-out fraction {held_out:g}); "
             "give more data, a smaller --block-size or another --held-out (0 keeps nothing apart)."
         )
-    return corpus
+    return Corpus(kind, train, apart, cut)
+
+
+def _split(sequences: list[Tokens], sizes: list[int], wanted: float, seed: int) -> tuple[list[Tokens], list[Tokens]]:
+    """Keep random sequences apart until their `sizes` make `wanted`; one that would overshoot it by half stays."""
+    order = list(range(len(sequences)))
+    Random(seed).shuffle(order)
+    apart: set[int] = set()
+    total = 0
+    for index in order:
+        if total < wanted and total + sizes[index] <= 1.5 * wanted:
+            apart.add(index)
+            total += sizes[index]
+    train = [sequence for index, sequence in enumerate(sequences) if index not in apart]
+    return train, [sequences[index] for index in sorted(apart)]
+
+
+def _blocks(documents: list[Tokens], size: int) -> list[Tokens]:
+    """Join documents and cut them into blocks; what does not fill the last one is dropped."""
+    stream = list(chain.from_iterable(document["input_ids"] for document in documents))
+    blocks = (stream[start : start + size] for start in range(0, len(stream) - size + 1, size))
+    return [{"input_ids": block, "labels": list(block)} for block in blocks]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
@@ -256,53 +276,21 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = 
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _blocks_of(documents: list[list[int]], block_size: int, held_out: float, seed: int) -> Corpus:
-    from random import Random
-
-    total = sum(map(len, documents))
-    if not held_out:
-        train, kept = documents, []
-    elif len(documents) == 1:
-        blocks = total // block_size
-        split = max((blocks - max(1, round(held_out * blocks))) * block_size, 0)
-        train, kept = [documents[0][:split]], [documents[0][split:]]
-    else:
-        # Whole documents in a random order until they hold enough tokens; one that would overshoot by half is passed.
-        target = max(held_out * total, block_size)
-        order = list(range(len(documents)))
-        Random(seed).shuffle(order)
-        apart: set[int] = set()
-        tokens = 0
-        for index in order:
-            if tokens < target and tokens + len(documents[index]) <= 1.5 * target:
-                apart.add(index)
-                tokens += len(documents[index])
-        train = [document for index, document in enumerate(documents) if index not in apart]
-        kept = [documents[index] for index in sorted(apart)]
-
-    def blocks_in(part: list[list[int]]) -> list[Tokens]:
-        stream = list(chain.from_iterable(part))
-        cuts = [stream[start : start + block_size] for start in range(0, len(stream) - block_size + 1, block_size)]
-        return [{"input_ids": block, "labels": list(block)} for block in cuts]
-
-    return Corpus("text", blocks_in(train), blocks_in(kept))
+def _text(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> Tokens:
+    return _sequence((_tokenize(tokenizer, row["text"]) + end, True))
 
 
-# A piece is its tokens, and whether they are learned.
-_Piece = tuple[list[int], bool]
-
-
-def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[_Piece]:
+def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> Tokens:
     prompt = _tokenize(tokenizer, row["prompt"], special=True)
     if end and prompt[-1:] == end:  # a tokenizer that ends every text would end the prompt before its completion
         prompt = prompt[:-1]
     completion = _tokenize(tokenizer, row["completion"]) + end
     if len(prompt) + len(completion) < 2:
         raise IA3Error(f"the pair with completion {row['completion']!r:.200} is a single token; give it a prompt.")
-    return [(prompt, False), (completion, True)]
+    return _sequence((prompt, False), (completion, True))
 
 
-def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[_Piece]:
+def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> Tokens:
     """Split a chat, as the model's template writes it, at the beginnings and ends of the assistant's turns."""
     messages = row["messages"]
     turns = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
@@ -310,21 +298,28 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[
         raise IA3Error("a chat has no turn of the role 'assistant', so there is nothing to learn in it; remove it.")
     # A template may write earlier turns differently once there are later ones; then the last turn alone is learned.
     for wanted in (turns, turns[-1:]):
-        texts: list[tuple[str, bool]] = []
+        pieces: list[tuple[list[int], bool]] = []
         done = ""
         for index in wanted:
             prompt = render_chat(tokenizer, messages[:index], add_generation_prompt=True)
             whole = render_chat(tokenizer, messages[: index + 1], add_generation_prompt=False)
             if not (prompt.startswith(done) and whole.startswith(prompt)):
                 break
-            texts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+            pieces += [(_tokenize(tokenizer, prompt[len(done) :]), False)]
+            pieces += [(_tokenize(tokenizer, whole[len(prompt) :]), True)]
             done = whole
         else:
-            return [(_tokenize(tokenizer, text), learned) for text, learned in texts]
+            return _sequence(*pieces)
     raise IA3Error(
         "the model's chat template writes an answer differently from what it prompts with, so that prompt and answer "
         "cannot be told apart; write the data as 'prompt' and 'completion'."
     )
+
+
+def _sequence(*pieces: tuple[list[int], bool]) -> Tokens:
+    """Join pieces, each of which is its tokens and whether they are learned."""
+    labels = (tokens if is_learned else [IGNORED] * len(tokens) for tokens, is_learned in pieces)
+    return {"input_ids": list(chain(*(tokens for tokens, _ in pieces))), "labels": list(chain(*labels))}
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -338,14 +333,6 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # whatever a template raises, it raises about the turns
         raise IA3Error(f"the model's chat template refuses the chat: {reason_of(error)}.") from error
-
-
-def _sequence(pieces: Iterable[_Piece]) -> Tokens:
-    ids, labels = [], []
-    for tokens, learned in pieces:
-        ids += tokens
-        labels += tokens if learned else [IGNORED] * len(tokens)
-    return {"input_ids": ids, "labels": labels}
 
 
 def _cut(sequence: Tokens, size: int) -> Tokens:

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from . import checkpoints, options
 
-OPTIONAL = ("transformers", "peft", "accelerate", "gguf", "matplotlib")
+PACKAGES = ("transformers", "peft", "accelerate", "gguf", "matplotlib")
 OPERATORS = ("scaled_linear", "gated_activation", "scaled_activation", "scale_weight_")
 
 
 def run() -> None:
-    """Print the installation, the backends, the choice for each operator, device and dtype, and what was tuned."""
+    """Show what is installed, what was built, and which backend runs what, and why."""
     import torch
 
     from ia3_kernels import backends, explain, routes, target
@@ -30,7 +30,7 @@ def run() -> None:
     except (RuntimeError, ValueError) as error:  # a word in the environment that means nothing
         fastest = f"not measured: {error}"
     installation.add_row("fastest dtype", escape(fastest.removeprefix("torch.")))
-    for package in OPTIONAL:
+    for package in PACKAGES:
         installation.add_row(package, target.version(package) or "not installed")
     console.print(installation)
 
@@ -42,7 +42,7 @@ def run() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     chosen = Table("operator", "device", *names, title="Chosen", title_justify="left")
-    reasons: list[str] = []  # many choices share one reason, so the table holds its number
+    reasons: dict[str, int] = {}  # many choices share one reason, so the table holds its number
     for operator in OPERATORS:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             cells = []
@@ -52,12 +52,10 @@ def run() -> None:
                     backend, reason = choice.backend, choice.reason
                 except (RuntimeError, ValueError) as error:  # a backend asked for by name that cannot do it
                     backend, reason = "none", str(error)
-                if reason not in reasons:
-                    reasons.append(reason)
-                cells.append(f"{backend} ({reasons.index(reason) + 1})")
+                cells.append(f"{backend} ({reasons.setdefault(reason, len(reasons) + 1)})")
             chosen.add_row(operator, device, *cells)
     console.print(chosen)
-    for number, reason in enumerate(reasons, start=1):
+    for reason, number in reasons.items():
         console.print(f"({number}) {reason}", markup=False, highlight=False)
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
     for path, words in routes.report(gpu).items():

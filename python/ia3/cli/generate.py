@@ -6,15 +6,15 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from typer import Option
 
 from ..errors import IA3Error
 from ..files import LONGEST_TEXT, check_file
 from . import options
+from .options import at_least, within
 
 
 @dataclass(frozen=True)
@@ -22,57 +22,38 @@ class Generate:
     """Write continuations of prompts, with an adapter or without; or answer many requests, each with its own."""
 
     model: options.Model
-    adapter: Annotated[
-        Path | None, Option(metavar="DIR", help="Folder with an adapter. Without one, the base model speaks.")
-    ] = None
-    prompt: Annotated[
-        list[str] | None,
-        Option(metavar="TEXT", help="Text to go on from; may be given several times. Default: what is piped in."),
-    ] = None
-    requests: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE",
-            help="JSON Lines (- for stdin): a 'prompt' or chat 'messages' in each, and if wanted its 'id', 'adapter', "
-            "'max_new_tokens' and 'stop'.",
-        ),
-    ] = None
-    adapters: Annotated[
-        Path | None, Option(metavar="DIR", help="Folder with a sub-folder for each adapter that --requests may name.")
-    ] = None
-    output: Annotated[
-        Path | None,
-        Option("--output", "-o", metavar="FILE", help="Where answers to --requests go, as they come. Default: stdout."),
-    ] = None
-    batch_size: Annotated[int, Option(callback=options.at_least(1), help="Requests that run together.")] = 32
-    max_new_tokens: Annotated[int, Option(callback=options.at_least(1), help="Tokens to write, at most.")] = 64
-    stop: Annotated[
-        list[str] | None, Option(metavar="TEXT", help="Text to stop before; may be given several times.")
-    ] = None
-    temperature: Annotated[
-        float, Option(callback=options.not_negative, help="0 takes the likeliest token, more is more random.")
-    ] = 0.0
-    top_p: Annotated[
-        float,
-        Option(callback=options.between(0, 1, open_low=True), help="Sample from the likeliest tokens of this mass."),
-    ] = 1.0
-    top_k: Annotated[
-        int, Option(callback=options.at_least(0), help="Sample from that many of the likeliest tokens; 0 for all.")
-    ] = 0
-    repetition_penalty: Annotated[
-        float, Option(callback=options.positive, help="Above 1 holds back tokens that were there already.")
-    ] = 1.0
-    chat: Annotated[
-        bool | None,
-        Option(
-            "--chat/--no-chat",
-            help="Prompt through the model's chat template. Default: if it has one, and the adapter was not trained on "
-            "plain text.",
-        ),
-    ] = None
-    echo: Annotated[
-        bool | None, Option("--echo/--no-echo", help="Write the prompt first. Default: unless it is a chat's.")
-    ] = None
+    adapter: Path | None = Option(None, metavar="DIR", help="An adapter's folder. Without one, the base model speaks.")
+    prompt: list[str] | None = Option(
+        None, metavar="TEXT", help="Text to go on from; may be given several times. Default: what is piped in."
+    )
+    requests: Path | None = Option(
+        None,
+        metavar="FILE",
+        help="JSON Lines (- for stdin): a 'prompt' or chat 'messages' in each, and if wanted its 'id', 'adapter', "
+        "'max_new_tokens' and 'stop'.",
+    )
+    adapters: Path | None = Option(None, metavar="DIR", help="Folder with a sub-folder for each adapter of --requests.")
+    output: Path | None = Option(
+        None, "--output", "-o", metavar="FILE", help="Where answers to --requests go, as they come. Default: stdout."
+    )
+    batch_size: int = Option(32, callback=at_least(1), help="Requests that run together.")
+    max_new_tokens: int = Option(64, callback=at_least(1), help="Tokens to write, at most.")
+    stop: list[str] | None = Option(None, metavar="TEXT", help="Text to stop before; may be given several times.")
+    temperature: float = Option(
+        0.0, callback=within("[0, inf)"), help="0 takes the likeliest token, more is more random."
+    )
+    top_p: float = Option(1.0, callback=within("(0, 1]"), help="Sample from the likeliest tokens of this mass.")
+    top_k: int = Option(0, callback=at_least(0), help="Sample from that many of the likeliest tokens; 0 for all.")
+    repetition_penalty: float = Option(
+        1.0, callback=within("(0, inf)"), help="Above 1 holds back what was there already."
+    )
+    chat: bool | None = Option(
+        None,
+        "--chat/--no-chat",
+        help="Prompt through the model's chat template. Default: if it has one, and the adapter was not trained on "
+        "plain text.",
+    )
+    echo: bool | None = Option(None, "--echo/--no-echo", help="Write the prompt first. Default: unless it is a chat's.")
     load_in_4bit: options.FourBit = False
     dtype: options.Dtype = "bfloat16"
     device: options.Device = "auto"
@@ -83,9 +64,7 @@ class Generate:
         from . import answers, checkpoints, requests
 
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
-            raise IA3Error(
-                "--top-p and --top-k choose what to sample from, but --temperature is 0: it does not sample."
-            )
+            raise IA3Error("--top-p and --top-k are for sampling, but --temperature is 0: it does not sample.")
         if self.requests is None and (self.adapters or self.output):
             raise IA3Error("--adapters and --output are for --requests; use --adapter, and redirect stdout.")
         if self.requests is not None and (self.prompt or (self.adapter and self.adapters)):
@@ -93,10 +72,9 @@ class Generate:
         if self.output is not None:
             check_file(self.output)
         source = checkpoints.locate(self.model)
+        is_packed = bool(source.gguf_file)
         checkpoints.require(
-            "ia3 generate",
-            *(["accelerate", "gguf"] if source.gguf_file else []),
-            *(["bitsandbytes", "accelerate"] if self.load_in_4bit else []),
+            "ia3 generate", accelerate=is_packed or self.load_in_4bit, gguf=is_packed, bitsandbytes=self.load_in_4bit
         )
         folders = _folders(self.adapters) if self.adapters else {}
         lines = requests.read(self.requests) if self.requests else []
@@ -105,15 +83,11 @@ class Generate:
         with stderr.status("importing torch and transformers"):
             import torch  # noqa: F401  (what follows needs it; the status says why nothing happens)
 
-        device = checkpoints.pick_device(self.device)
-        checkpoints.check_kernels(device)
-        with stderr.status(escape(f"loading {source.path}")):
-            dtype = checkpoints.pick_dtype(self.dtype, device)
-            tokenizer, model = checkpoints.load(source, dtype, device, self.load_in_4bit)
-            if self.adapter is not None:
-                model = checkpoints.load_adapter(model, self.adapter)
+        tokenizer, model = checkpoints.load_for(self, source, stderr)
+        if self.adapter is not None:
+            model = checkpoints.load_adapter(model, self.adapter)
         if self.requests:
-            return answers.answer_all(self, lines, folders, model, tokenizer, stderr)
+            return answers.answer_all(self, lines, folders, model, tokenizer)
         answers.go_on(self, prompts, model, tokenizer)
         return 0
 

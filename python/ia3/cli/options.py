@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -36,22 +35,18 @@ def at_least(minimum: int) -> Callable[[int | None], int | None]:
     return check
 
 
-def between(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[float], float]:
-    """Return a check that a number lies between `low` and `high`, themselves left out where they are open."""
+def within(interval: str) -> Callable[[float], float]:
+    """Return a check that a number lies in an interval such as `[0, 1)`."""
+    low, high = map(float, interval[1:-1].split(","))
 
     def check(value: float) -> float:
-        too_low = value <= low if open_low else value < low
-        too_high = value >= high if open_high else value > high
-        if too_low or too_high or math.isnan(value):
-            bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-            raise typer.BadParameter(f"{value:g} is not in {bounds}")
+        is_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+        if not (low < value < high or is_end):
+            raise typer.BadParameter(f"{value:g} is not in {interval}")
         return value
 
     return check
 
-
-positive = between(0, math.inf, open_low=True, open_high=True)
-not_negative = between(0, math.inf, open_high=True)
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model folder in transformers' format, or a .gguf file.")
@@ -70,4 +65,4 @@ Dtype = Annotated[
 FourBit = Annotated[
     bool, typer.Option("--load-in-4bit", help="Keep the frozen linear layers in 4 bits (NF4 of bitsandbytes).")
 ]
-Seed = Annotated[int, typer.Option(callback=between(0, 2**32 - 1), help="The same seed gives the same result.")]
+Seed = Annotated[int, typer.Option(callback=within("[0, 4294967295]"), help="The same seed gives the same result.")]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,31 +28,27 @@ def json_lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         # Half of a surrogate pair has no UTF-8; as an escape it is JSON all the same.
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         try:
-            file = file or (sys.stdout.buffer if path is None else _open(check_file(path)))
+            file = file or (sys.stdout.buffer if path is None else opened.enter_context(_open(check_file(path))))
             file.write(line)
             file.flush()
         except OSError as error:
             raise IA3Error(f"{path or 'stdout'} could not take the answers: {error.strerror}.") from error
 
-    try:
+    with ExitStack() as opened:
         yield write
-    finally:
-        with nullcontext() if file is None or path is None else file:
-            pass
 
 
 def _open(path: Path) -> BinaryIO:
     if path.exists() and not path.is_file():
         return path.open("wb", buffering=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A new file of a random name, made by us alone, takes the place of what stood there; nothing is followed.
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # A new file of a random name, made by this process alone, takes the place of what stood there.
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    file = new.open("xb")
     try:
-        mask = os.umask(0)
-        os.umask(mask)
-        os.fchmod(descriptor, 0o666 & ~mask)  # mkstemp makes files for the owner alone
-        os.replace(name, path)
+        os.replace(new, path)
     except OSError:
-        os.unlink(name)
+        file.close()
+        new.unlink()
         raise
-    return os.fdopen(descriptor, "wb")
+    return file

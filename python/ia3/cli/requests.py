@@ -49,11 +49,7 @@ def read(path: Path) -> list[tuple[int, bytes]]:
 
 def decode(line: bytes) -> dict[str, Any]:
     """Return the object that a line holds. Raises IA3Error with what is wrong with it."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise IA3Error(f"it is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
-    content = parse_json(text, "it", "expected an object with a prompt")
+    content = parse_json(line, "it", "expected an object with a prompt")
     if not isinstance(content, dict):
         raise IA3Error(f"it is a {type(content).__name__}; expected an object with a prompt.")
     return content

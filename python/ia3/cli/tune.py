@@ -6,29 +6,38 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from typer import Argument, Option
 
 from ..errors import IA3Error
 from . import checkpoints
+from .options import DTYPES, one_of
 
 # Two octaves apart: every number of rows up to four times the last has a measurement within a factor of two.
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
-def run(model: Path | None, shapes: list[str], dtype: str, rows: list[int]) -> None:
-    """Measure the scaled products of a model or of shapes on the current GPU; writes its file after each."""
+def run(
+    model: Path | None = Argument(None, metavar="MODEL", help="Folder of a model, whose scaled layers are measured."),
+    shape: list[str] | None = Option(None, metavar="OUTxIN", help="A weight to measure; may be given several times."),
+    dtype: str = Option("bfloat16", callback=one_of(DTYPES), help=f"One of {', '.join(DTYPES)}."),
+    rows: list[int] | None = Option(None, help="Tokens in a batch; may be given several times. Default: 1 to 16384."),
+) -> None:
+    """Measure the matmuls of a model on this GPU, so that scaled_linear takes the fastest."""
     import torch
+    from rich.progress import track
 
     from ia3_kernels import routes, target, tune
     from ia3_kernels.routes import Product
 
+    if any(count < 1 for count in rows or ()):
+        raise IA3Error("--rows is below 1; give numbers of tokens.")
     if not torch.cuda.is_available():
         raise IA3Error("there is nothing to tune here, because there is no GPU that torch can use.")
     problems = target.triton_problem(), target.cuda_problem()
     if None not in problems:
         raise IA3Error(f"there is nothing but the library's matmul to measure here: {' '.join(map(str, problems))}")
-    wanted = {(side, *_shape(text), False) for text in shapes for side in ("input", "output")}
+    wanted = {(side, *_shape(text), False) for text in shape or () for side in ("input", "output")}
     if model is not None:
         wanted |= _shapes_of(model)
     if not wanted:
@@ -42,25 +51,19 @@ def run(model: Path | None, shapes: list[str], dtype: str, rows: list[int]) -> N
     jobs = [
         Product(side, count, outputs, inputs, kind.itemsize, is_transposed)
         for side, outputs, inputs, is_transposed in sorted(wanted)
-        for count in rows
+        for count in rows or ROWS
     ]
-    with Progress(transient=True) as progress:
-        task = progress.add_task("measuring", total=len(jobs))
-        for product in jobs:
-            result = tune.measure_linear(index, product, kind)
-            found[product] = result
-            routes.write(path, facts, found)  # an interrupted run keeps what it has
-            table.add_row(
-                product.side,
-                str(product.rows),
-                f"{product.outputs} x {product.inputs}" + (" (Conv1D)" if product.is_transposed else ""),
-                *(
-                    "-" if time is None else f"{time * 1e6:.1f} us"
-                    for time in (result.library, result.triton, result.cuda)
-                ),
-                *(result.fastest({"triton", "cuda"}, is_captured) for is_captured in (False, True)),
-            )
-            progress.advance(task)
+    for product in track(jobs, "measuring", transient=True):
+        result = found[product] = tune.measure_linear(index, product, kind)
+        routes.write(path, facts, found)  # an interrupted run keeps what it has
+        times = (result.library, result.triton, result.cuda)
+        table.add_row(
+            product.side,
+            str(product.rows),
+            f"{product.outputs} x {product.inputs}" + (" (Conv1D)" if product.is_transposed else ""),
+            *("-" if time is None else f"{time * 1e6:.1f} us" for time in times),
+            *(result.fastest({"triton", "cuda"}, is_captured) for is_captured in (False, True)),
+        )
     Console().print(table)
     print(f"Kept in {path}")
 
@@ -80,15 +83,14 @@ def _shapes_of(folder: Path) -> set[tuple[str, int, int, bool]]:
     from ..config import IA3Config
     from ..layers import plain_weight
     from ..planning import plan_adapter
-    from ..probing import is_linear
 
     checkpoints.locate(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     found = set()
     for entry in plan_adapter(model, IA3Config()).targets:
-        weight = plain_weight(entry.module) if is_linear(entry.module) else None
-        if weight is not None:
+        weight = plain_weight(entry.module)
+        if weight is not None:  # experts multiply in groups, which this does not measure
             side = "input" if entry.is_feedforward else "output"
             found.add((side, *weight.shape, weight.stride(1) != 1))
     return found
