@@ -8,7 +8,6 @@ among the bit patterns, to one value, and the lowest bit of ``w`` tells them apa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
-from .exact_gpu import Move
-from .exact_reference import check_positions
-from .schemas import check_dim, check_residual, check_weight_scale, refuse_tangents
+from .schemas import check_dim, check_weight_scale, refuse_tangents
 
 _ops: Any = torch.ops.ia3
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -140,90 +136,6 @@ def swap_(
     _, new, _ = _matrix("swap_", "new_scale", weight, new_scale, dim)
     parity, *rest = _tensors("swap_", weight, residual)
     return Residual(parity, *_call(_ops.swap_exact_, done, matrix, old, new, along, parity, *rest))
-
-
-def merge_all_(weights: Sequence[Tensor], scales: Sequence[Tensor], dims: Sequence[int]) -> list[Residual]:
-    """Merge many weights exactly, each as :func:`merge_` does: all of them, or after an error none.
-
-    A GPU is waited for once, not once a weight.
-    """
-    return _move_all("merge_all_", weights, dims, None, scales, None)
-
-
-def unmerge_all_(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], dims: Sequence[int], residuals: Sequence[Residual]
-) -> None:
-    """Take scales out of many weights, each as :func:`unmerge_` does: all of them, or after an error none."""
-    _move_all("unmerge_all_", weights, dims, scales, None, residuals)
-
-
-def swap_all_(
-    weights: Sequence[Tensor],
-    old_scales: Sequence[Tensor],
-    new_scales: Sequence[Tensor],
-    dims: Sequence[int],
-    residuals: Sequence[Residual],
-) -> list[Residual]:
-    """Swap the scales of many weights, each as :func:`swap_` does: all of them, or after an error none."""
-    return _move_all("swap_all_", weights, dims, old_scales, new_scales, residuals)
-
-
-@torch.no_grad()
-def _move_all(
-    op: str,
-    weights: Sequence[Tensor],
-    dims: Sequence[int],
-    olds: Sequence[Tensor] | None,
-    news: Sequence[Tensor] | None,
-    residuals: Sequence[Residual] | None,
-) -> list[Residual]:
-    moves = []
-    none = [None] * len(weights)
-    for weight, dim, old, new, residual in zip(
-        weights, dims, olds or none, news or none, residuals or none, strict=True
-    ):
-        move = Move(weight, None, None, dim)
-        if old is not None:
-            move.weight, move.old, move.dim = _matrix(op, "old_scale", weight, old, dim)
-            move.parity, *move.escapes = _tensors(op, weight, residual)
-            check_residual(op, move.weight, move.parity, *move.escapes)
-            check_positions(op, move.weight, move.escapes[0])
-        if new is not None:
-            move.weight, move.new, move.dim = _matrix(op, "new_scale", weight, new, dim)
-        moves.append(move)
-    found = _run(moves)
-    torch.autograd.graph.increment_version([weight for weight in weights if not weight.is_inference()])
-    parities: list[Any] = [move.parity for move in moves]
-    return [Residual(parity, *escapes) for parity, escapes in zip(parities, found, strict=True)]
-
-
-def _run(moves: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
-    """Run the moves, in one go where one backend takes them all, else one after the other."""
-    chosen = [backends.choose("merge_exact_", move.weight.device.type, move.weight.dtype)[0] for move in moves]
-    together = chosen[0].move_all if chosen else None
-    if together is not None and all(backend is chosen[0] for backend in chosen):
-        return together(moves)
-    found: list[tuple[Tensor, Tensor]] = []
-    try:
-        for move in moves:
-            found.append(_run_alone(move))
-    except BaseException:
-        for move, escapes in zip(moves, found, strict=False):
-            _run_alone(Move(move.weight, move.new, move.old, move.dim, move.parity, escapes))
-        raise
-    return found
-
-
-def _run_alone(move: Move) -> tuple[Tensor, Tensor]:
-    """Run a move by the operator that does it, and return its escapes: where none were looked for, the old ones."""
-    escapes = move.escapes
-    if move.old is None:
-        move.parity, *escapes = _ops.merge_exact_(move.weight, move.new, move.dim)
-    elif move.new is None:
-        _ops.unmerge_exact_(move.weight, move.old, move.dim, move.parity, *escapes)
-    else:
-        escapes = _ops.swap_exact_(move.weight, move.old, move.new, move.dim, move.parity, *escapes)
-    return escapes[0], escapes[1]
 
 
 @torch.no_grad()
