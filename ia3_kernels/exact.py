@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .schemas import check_dim, check_weight_scale, refuse_tangents
+from . import backends
+from .schemas import check_dim, check_residual, check_weight_scale, refuse_tangents
 
 _ops: Any = torch.ops.ia3
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -45,7 +46,6 @@ class Residual:
         return Residual(self.parity.to(device), self.positions.to(device), self.bits.to(device))
 
 
-@torch.no_grad()
 def merge_(
     weight: Tensor,
     scale: Tensor,
@@ -77,13 +77,13 @@ def merge_(
         Whatever is raised, the weight is as it was.
     """
     matrix, factors, along = _matrix("merge_", "scale", weight, scale, dim)
-    if safe and not bool(_ops.stays_finite(matrix, factors, along)):
+    if safe and not bool(_call("stays_finite", None, matrix, factors, along)):
         raise ValueError(
             f"merge_: the scaled weight would not be finite in {str(weight.dtype).removeprefix('torch.')}; correct the "
             "scale, or merge without safe: nothing was written."
         )
     if exact:
-        return Residual(*_call(_ops.merge_exact_, done, matrix, factors, along))
+        return Residual(*_call("merge_exact_", done, matrix, factors, along))
     if along == 0:
         _ops.scale_weight_(matrix, factors, 0)
     else:
@@ -92,7 +92,6 @@ def merge_(
     return None
 
 
-@torch.no_grad()
 def unmerge_(
     weight: Tensor,
     scale: Tensor,
@@ -110,10 +109,9 @@ def unmerge_(
         RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
     """
     matrix, factors, along = _matrix("unmerge_", "scale", weight, scale, dim)
-    _call(_ops.unmerge_exact_, done, matrix, factors, along, *_tensors("unmerge_", weight, residual))
+    _call("unmerge_exact_", done, matrix, factors, along, *_tensors("unmerge_", matrix, residual))
 
 
-@torch.no_grad()
 def swap_(
     weight: Tensor,
     old_scale: Tensor,
@@ -134,38 +132,53 @@ def swap_(
     """
     matrix, old, along = _matrix("swap_", "old_scale", weight, old_scale, dim)
     _, new, _ = _matrix("swap_", "new_scale", weight, new_scale, dim)
-    parity, *rest = _tensors("swap_", weight, residual)
-    return Residual(parity, *_call(_ops.swap_exact_, done, matrix, old, new, along, parity, *rest))
+    parity, *rest = _tensors("swap_", matrix, residual)
+    return Residual(parity, *_call("swap_exact_", done, matrix, old, new, along, parity, *rest))
 
 
-@torch.no_grad()
 def stays_finite(weight: Tensor, scale: Tensor, dim: int = 0) -> bool:
     """Return whether :func:`merge_` would give finite values only; one reading pass, its arguments, its errors."""
-    return bool(_ops.stays_finite(*_matrix("stays_finite", "scale", weight, scale, dim)))
+    return bool(_call("stays_finite", None, *_matrix("stays_finite", "scale", weight, scale, dim)))
 
 
-def _call(op: Any, done: list[Any] | None, *arguments: Any) -> Any:
+def _call(op: str, done: list[Any] | None, weight: Tensor, *arguments: Any) -> Any:
     """Return what an operator returns, and append it to ``done`` before Python runs anything else.
 
-    A signal's handler runs between two instructions of Python's, most likely after the operator that it had to wait
-    for; extending a list by an iterator that calls the operator is one instruction.
+    A signal's handler runs between two instructions of Python's, most likely after the kernel that it had to wait for;
+    extending a list by an iterator that calls the kernel is one instruction. The arguments were checked. So the backend
+    is called itself where neither a mode nor a subclass nor a trace has a say: the dispatcher takes longer than a small
+    weight does.
     """
     results: list[Any] = [] if done is None else done
-    results.extend(itertools.starmap(op.default._op, [arguments]))
+    if not _is_direct(weight, *arguments):
+        results.extend(itertools.starmap(getattr(_ops, op).default._op, [(weight, *arguments)]))
+        return results[-1]
+    kernel = backends.choose(op, weight.device.type, weight.dtype)[0].operators[op]
+    results.extend(itertools.starmap(kernel, [(weight, *arguments)]))
+    if op.endswith("_") and not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
     return results[-1]
 
 
+def _is_direct(*arguments: Any) -> bool:
+    """Return whether all there is to calling an operator with these arguments is running its kernel."""
+    return (
+        not torch.compiler.is_compiling()
+        and {Tensor, int}.issuperset(map(type, arguments))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def _tensors(op: str, weight: Tensor, residual: Residual | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors of a residual that lies where the weight does."""
-    torch._check(
-        isinstance(residual, Residual),
-        lambda: f"{op}: residual is {residual}; expected what merge_ returns with exact=True.",
-    )
-    tensors = residual.parity, residual.positions, residual.bits  # type: ignore[union-attr]
-    torch._check(
-        all(tensor.device == weight.device for tensor in tensors),
-        lambda: f"{op}: residual is on {tensors[0].device}, but weight is on {weight.device}; move one of them.",
-    )
+    """Return the tensors of a residual, which lies where the weight does and fits it."""
+    if not isinstance(residual, Residual):
+        raise RuntimeError(f"{op}: residual is {residual}; expected what merge_ returns with exact=True.")
+    tensors = parity, positions, bits = residual.parity, residual.positions, residual.bits
+    if not parity.device == positions.device == bits.device == weight.device:
+        raise RuntimeError(f"{op}: residual is on {parity.device}, but weight is on {weight.device}; move one of them.")
+    check_residual(op, weight, *tensors)
     return tensors
 
 

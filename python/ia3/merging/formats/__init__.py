@@ -42,9 +42,9 @@ class Format(ABC):
     forward: ClassVar[Any] = None
 
     @classmethod
-    def holds(cls, layer: nn.Module) -> bool:
-        """Return whether ``layer`` is of this format."""
-        return any(kind.__name__ in cls.layers for kind in type(layer).__mro__)
+    def holds(cls, layer: type, weight: type) -> bool:
+        """Return whether layers of a class whose weights are of another are of this format."""
+        return any(kind.__name__ in cls.layers for kind in layer.__mro__)
 
     @abstractmethod
     def obstacle(self, layer: Any) -> str | None:
@@ -111,7 +111,13 @@ def wants_gradient(x: Tensor) -> bool:
 
 def format_of(layer: nn.Module) -> Format | None:
     """Return the format of a quantized layer, or ``None``."""
-    return next((known for known in FORMATS if known.holds(layer)), None)
+    kinds: Any = type(layer), type(layer._parameters.get("weight"))
+    return _format_of(*kinds)
+
+
+@functools.lru_cache
+def _format_of(layer: type, weight: type) -> Format | None:
+    return next((known for known in FORMATS if known.holds(layer, weight)), None)
 
 
 def make_differentiable(model: nn.Module) -> None:

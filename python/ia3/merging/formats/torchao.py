@@ -16,8 +16,8 @@ class TorchaoInt8(Format):
     layers = frozenset()
 
     @classmethod
-    def holds(cls, layer: nn.Module) -> bool:
-        return type(layer) is nn.Linear and type(layer._parameters.get("weight")).__name__ == "Int8Tensor"
+    def holds(cls, layer: type, weight: type) -> bool:
+        return layer is nn.Linear and weight.__name__ == "Int8Tensor"
 
     def obstacle(self, layer: Any) -> str | None:
         scale = layer.weight.scale
