@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...patching import stand_in
-from . import Format, Parts, State, frozen_product, wants_gradient
+from . import Format, FrozenProduct, Parts, State, wants_gradient
 
 # Of each GGUF type that transformers keeps packed, where in a block its fp16 scales lie (and that of its minima).
 # IQ1_M has none: it spreads its scale's bits over other fields.
@@ -49,7 +49,7 @@ def gguf_forward(layer: Any, x: Tensor) -> Tensor:
             y[..., rows] = x @ values.T
         return y
 
-    y = frozen_product(x, run, unpack)
+    y: Tensor = FrozenProduct.apply(x, run, unpack)
     return y if layer.bias is None else (y + layer.bias).to(x.dtype)
 
 
@@ -107,22 +107,15 @@ class GgufBlocks(Format):
     def read(self, layer: Any, with_codes: bool = False) -> State:
         if with_codes:
             return {"bytes": layer.weight.data.clone()}
-        return {"fields": torch.stack([field.contiguous().view(torch.float16) for field in self._fields(layer)])}
+        fields = [field.contiguous().view(torch.float16) for field in self._fields(layer)]
+        return {"scales": torch.stack(fields, 1)}  # [out, fields, blocks, 1]
 
     def write(self, layer: Any, state: State) -> None:
         if "bytes" in state:
             layer.weight.data.copy_(state["bytes"])
             return
-        for field, values in zip(self._fields(layer), state["fields"], strict=True):
-            field.copy_(values.view(torch.uint8))
-
-    def scales(self, state: State) -> Tensor:
-        found: Tensor = state["fields"].float()
-        return found
-
-    def scaled(self, layer: Any, state: State, rows: Tensor) -> State:
-        fields = state["fields"]  # [fields, out, blocks, 1]
-        return {"fields": (fields.to(rows.dtype) * rows.to(fields.device)[:, None, None]).half()}
+        for field, values in zip(self._fields(layer), state["scales"].unbind(1), strict=True):
+            field.copy_(values.contiguous().view(torch.uint8))
 
     def columns(self, layer: Any, vector: Tensor) -> Tensor:
         order = layer.input_permutation

@@ -41,14 +41,6 @@ class TorchaoInt8(Format):
             weight.qdata = state["codes"].to(device)
             weight.zero_point = None if state["zero_point"] is None else state["zero_point"].to(device)
 
-    def scales(self, state: State) -> Tensor:
-        found: Tensor = state["scales"].float()
-        return found
-
-    def scaled(self, layer: Any, state: State, rows: Tensor) -> State:
-        scales = state["scales"]
-        return {"scales": (scales.to(rows.dtype) * rows.to(scales.device)[:, None]).to(scales.dtype)}
-
     def values(self, layer: Any) -> Tensor:
         values: Tensor = layer.weight.dequantize(torch.float32)
         return values
