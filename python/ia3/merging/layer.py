@@ -25,11 +25,13 @@ from .quantized import Placement
 class MergedParameter:
     """What one parameter holds.
 
+    scale: the product of the vectors that it was multiplied with.
     residual: what undoes it. A parameter that others share has none: it was replaced by a scaled copy, and is kept as
         ``original``.
     written: which tensor it was and how often it had been written to, afterwards.
     """
 
+    scale: Tensor
     residual: Residual | None
     original: nn.Parameter | None
     written: tuple[int, int | None]
@@ -109,12 +111,11 @@ def _move(
     name: str,
     dim: int,
     now: MergedParameter | None,
-    old: Tensor | None,
     new: Tensor | None,
     is_shared: bool,
     done: list[Any],
 ) -> MergedParameter | None:
-    """Let a parameter go from one scale to another; ``None`` is no scale. ``done`` is as in ``ia3_kernels.merge_``."""
+    """Let a parameter hold another scale; ``None`` is no scale. ``done`` is as in ``ia3_kernels.merge_``."""
     parameter: Any = base._parameters[name]
     if is_shared:
         original = parameter if now is None or now.original is None else now.original
@@ -124,33 +125,27 @@ def _move(
         copy = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
         merge_(as_stored(base, copy), new, dim)
         base._parameters[name] = copy
-        return MergedParameter(None, original, _written(copy))
+        return MergedParameter(new, None, original, _written(copy))
     weight, residual = as_stored(base, parameter), None
-    if now is None or old is None:
+    if now is None:
         residual = None if new is None else merge_(weight, new, dim, exact=True, done=done)
     elif now.residual is not None:
         if new is None:
-            unmerge_(weight, old, dim, now.residual, done=done)
+            unmerge_(weight, now.scale, dim, now.residual, done=done)
         else:
-            residual = swap_(weight, old, new, dim, now.residual, done=done)
-    return None if residual is None else MergedParameter(residual, None, _written(parameter))
+            residual = swap_(weight, now.scale, new, dim, now.residual, done=done)
+    return None if new is None or residual is None else MergedParameter(new, residual, None, _written(parameter))
 
 
 def _move_back(
-    base: nn.Module,
-    name: str,
-    dim: int,
-    now: MergedParameter | None,
-    old: Tensor | None,
-    new: Tensor | None,
-    found: Sequence[Tensor],
+    base: nn.Module, name: str, dim: int, now: MergedParameter | None, new: Tensor | None, found: Sequence[Tensor]
 ) -> None:
     """Undo :func:`_move` of a parameter that nobody shares; ``found`` is what the operator returned."""
     moved = None
     if new is not None:
         parity = () if now is None or now.residual is None else (now.residual.parity,)
-        moved = MergedParameter(Residual(*parity, *found), None, (0, None))
-    restored = _move(base, name, dim, moved, new, old, False, [])
+        moved = MergedParameter(new, Residual(*parity, *found), None, (0, None))
+    restored = _move(base, name, dim, moved, None if now is None else now.scale, False, [])
     if now is not None and restored is not None:
         now.residual, now.written = restored.residual, restored.written
 
@@ -175,7 +170,7 @@ def put(layer: Any, after: MergeState | None) -> None:
             quantized.move(state.placement, new)
         else:
             for name, dim, _, now, done in steps:
-                moved = _move(base, name, dim, now, old, new, name in state.shared, done)
+                moved = _move(base, name, dim, now, new, name in state.shared, done)
                 if after is not None and moved is not None:
                     after.parameters[name] = moved
         _note(layer, after)
@@ -186,7 +181,7 @@ def put(layer: Any, after: MergeState | None) -> None:
             if name in state.shared:
                 base._parameters[name] = parameter
             elif done:
-                _move_back(base, name, dim, now, old, new, done[0])
+                _move_back(base, name, dim, now, new, done[0])
         _note(layer, before)
         raise
 

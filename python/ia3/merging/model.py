@@ -29,14 +29,7 @@ from ..patching import runs_class_forward
 from ..probing import CONVOLUTIONS, what_linear_computes
 from . import quantized
 from .formats import format_of
-from .layer import (
-    MergeState,
-    as_stored,
-    check_unwritten,
-    put,
-    restore,
-    scaled_parameters,
-)
+from .layer import MergeState, as_stored, check_unwritten, put, restore, scaled_parameters
 from .quantized import Placement
 
 NamedLayer = tuple[str, Any]
@@ -256,14 +249,13 @@ def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) 
     changes = []
     for path, layer in layers:
         names = to_merge(layer, adapter_names)
-        if not names:
-            continue
-        if layer.merged_adapters and layer._merge_state is None:
+        if names and layer.merged_adapters and layer._merge_state is None:
             raise IA3Error(
                 f"{', '.join(layer.merged_adapters)} was merged into {path!r} before the model was accelerated; "
                 "unmerge_adapter first."
             )
-        changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
+        if names:
+            changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
     return changes
 
 
