@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ia3_kernels as kernels
 from ia3_kernels import Residual, backends, exact_reference
@@ -411,6 +412,39 @@ def test_a_tensor_whose_memory_was_freed_is_refused(freed: str) -> None:
                 kernels.merge_(weight, scale, exact=is_exact)
         with pytest.raises(RuntimeError):
             kernels.stays_finite(weight, scale)
+
+
+class _Seen(TorchDispatchMode):
+    """Notes which of this package's operators were dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "ia3":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operators_and_nothing_else_is_different() -> None:
+    weight, scale, other = torch.randn(5, 6), torch.rand(5) + 0.5, torch.rand(5) + 0.5
+    twin = weight.clone()
+
+    def run(weight: Tensor) -> list[Tensor]:
+        steps = [weight.clone(), torch.tensor(kernels.stays_finite(weight, scale))]
+        residual = kernels.merge_(weight, scale, exact=True)
+        steps += [weight.clone(), *vars(residual).values()]
+        residual = kernels.swap_(weight, scale, other, 0, residual)
+        steps += [weight.clone(), *vars(residual).values()]
+        kernels.unmerge_(weight, other, 0, residual)
+        return [*steps, weight, torch.tensor(weight._version)]
+
+    expected = run(weight)
+    with _Seen() as seen:
+        found = run(twin)
+    assert seen.names == ["ia3::stays_finite", "ia3::merge_exact_", "ia3::swap_exact_", "ia3::unmerge_exact_"]
+    assert all(map(torch.equal, found, expected))
 
 
 # --- what is wrong is said, and changes nothing ------------------------------------------------------------------

@@ -63,9 +63,8 @@ class MergeState:
         return replace(self, is_suspended=is_suspended, parameters={})
 
 
-def scaled_parameters(layer: Any) -> list[tuple[str, int]]:
-    """Return the names of the parameters that a layer's vectors scale, and along which dimension: 0, the outputs; 1."""
-    base = layer.base_layer
+def scaled_parameters(layer: Any, base: nn.Module) -> list[tuple[str, int]]:
+    """Return which parameters of its base a layer's vectors scale, and along which dimension: 0, the outputs; 1."""
     steps = [("weight", base.dim if isinstance(base, ExpertsMatrix) else int(layer.is_feedforward))]
     if not layer.is_feedforward and base._parameters.get("bias") is not None:
         steps.append(("bias", 0))
@@ -163,7 +162,7 @@ def put(layer: Any, after: MergeState | None) -> None:
     then = {} if before is None else before.parameters
     # With what the parameter is and holds now, and whether it was moved (see ``done`` of ``ia3_kernels.merge_``).
     steps: list[tuple[str, int, Any, Any, list[Any]]] = [
-        (name, dim, base._parameters[name], then.get(name), []) for name, dim in scaled_parameters(layer)
+        (name, dim, base._parameters[name], then.get(name), []) for name, dim in scaled_parameters(layer, base)
     ]
     try:
         if state.placement is not None:

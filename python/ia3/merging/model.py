@@ -60,13 +60,9 @@ def _is_plain(base: Any) -> bool:
         return False
     if isinstance(base, nn.Linear):
         return what_linear_computes(base) == "linear"
-    return any(isinstance(base, kind) and _runs_methods_of(kind, type(base)) for kind in (Conv1D, *CONVOLUTIONS))
-
-
-def _runs_methods_of(kind: Any, subclass: Any) -> bool:
-    return all(
-        getattr(subclass, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward", "__call__")
-    )
+    kind = next((kind for kind in (Conv1D, *CONVOLUTIONS) if isinstance(base, kind)), None)
+    methods = ("forward", "_conv_forward", "__call__")
+    return kind is not None and all(getattr(type(base), name, None) is getattr(kind, name, None) for name in methods)
 
 
 def to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
@@ -91,7 +87,7 @@ def _change(path: str, layer: Any, names: list[str]) -> _Change:
 def _check_finite(path: str, layer: Any, after: MergeState) -> None:
     """Raise where scaling an unmerged layer would give a value that is not finite; one reading pass."""
     base = layer.base_layer
-    for name, dim in scaled_parameters(layer):
+    for name, dim in scaled_parameters(layer, base):
         weight = as_stored(base, base._parameters[name])
         if not stays_finite(weight, after.scale, dim):
             # PEFT's words first: scripts look for them.
@@ -127,6 +123,7 @@ def _prepare(model: nn.Module, changes: Sequence[_Change], requantize: bool) -> 
     What changes is told where its vectors go, if it is quantized, and which of its parameters others use too.
     """
     ups: Mapping[int, Any] | None = None
+    new: list[tuple[Any, Any, MergeState]] = []
     for path, layer, after in changes:
         if after is not None:
             base = layer.base_layer
@@ -143,18 +140,16 @@ def _prepare(model: nn.Module, changes: Sequence[_Change], requantize: bool) -> 
             if is_quantized and after.placement is None:
                 ups = up_projections(model) if ups is None else ups
                 after.placement = quantized.find_placement(path, layer, ups.get(id(layer)), requantize)
+            if layer._merge_state is None or after.placement is not None:
+                new.append((layer, base, after))
         check_unwritten(path, layer)
-    states = [(layer, after) for _, layer, after in changes if after is not None]
-    if all(layer._merge_state is not None and after.placement is None for layer, after in states):
-        return
-    uses = _uses(model)
-    for layer, after in states:
+    uses = _uses(model) if new else Counter()
+    for layer, base, after in new:
         if after.placement is not None:
             quantized.check_unshared(after.placement, uses, _address)
-        elif layer._merge_state is None:
-            parameters = layer.base_layer._parameters
-            names = [name for name, _ in scaled_parameters(layer)]
-            after.shared = [name for name in names if uses[_address(parameters[name])] > 1]
+        else:
+            names = [name for name, _ in scaled_parameters(layer, base)]
+            after.shared = [name for name in names if uses[_address(base._parameters[name])] > 1]
 
 
 @contextlib.contextmanager
@@ -303,8 +298,7 @@ def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> 
 
 def suspend(layers: Iterable[NamedLayer], is_suspended: bool = True) -> None:
     """Take out of the weights what they hold, for as long as adapters are disabled, or put it back. All or nothing."""
-    merged = [(path, layer) for path, layer in layers if layer._merge_state is not None]
-    merged = [(path, layer) for path, layer in merged if layer.is_suspended != is_suspended]
+    merged = [(path, layer) for path, layer in layers if layer._merge_state and layer.is_suspended != is_suspended]
     for path, layer in merged:
         check_unwritten(path, layer)
     with _all_or_none() as change:
