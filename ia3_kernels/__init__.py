@@ -6,8 +6,7 @@ batch shape. Scales are vectors ``[n]`` (also ``[n, 1]`` and ``[1, n]``, as PEFT
 together with an int32 ``adapter_index`` of shape ``[*]`` that picks a row for every position (``-1``: no scaling).
 Arithmetic on scales is fp32, with one rounding at the end.
 
-Beside them, ``merge_``, ``unmerge_`` and ``swap_`` merge a scale into a weight in place and undo that bit-exactly;
-``merge_all_``, ``unmerge_all_`` and ``swap_all_`` do it to many weights, or after an error to none.
+Beside them, ``merge_``, ``unmerge_`` and ``swap_`` merge a scale into a weight in place and undo that bit-exactly.
 
 Source of the method: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning", 2022, arXiv 2205.05638.
@@ -24,7 +23,7 @@ from torch import Tensor
 from . import autograd as _autograd  # registers the gradients where there is no native library
 from . import backends, formulas, reference, target
 from .backends import Choice, explain
-from .exact import Residual, merge_, merge_all_, stays_finite, swap_, swap_all_, unmerge_, unmerge_all_
+from .exact import Residual, merge_, stays_finite, swap_, unmerge_
 from .schemas import ACTIVATIONS, check_out
 
 del _autograd
@@ -38,7 +37,6 @@ __all__ = [
     "gated_activation",
     "gated_mlp",
     "merge_",
-    "merge_all_",
     "mlp",
     "reference",
     "scale_weight_",
@@ -46,10 +44,8 @@ __all__ = [
     "scaled_linear",
     "stays_finite",
     "swap_",
-    "swap_all_",
     "target",
     "unmerge_",
-    "unmerge_all_",
 ]
 
 _ops: Any = torch.ops.ia3

@@ -8,7 +8,6 @@ among the bit patterns, to one value, and the lowest bit of ``w`` tells them apa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .exact_gpu import Move
-from .exact_reference import check_positions
 from .schemas import check_dim, check_residual, check_weight_scale, refuse_tangents
 
 _ops: Any = torch.ops.ia3
@@ -49,7 +46,6 @@ class Residual:
         return Residual(self.parity.to(device), self.positions.to(device), self.bits.to(device))
 
 
-@torch.no_grad()
 def merge_(
     weight: Tensor,
     scale: Tensor,
@@ -81,13 +77,13 @@ def merge_(
         Whatever is raised, the weight is as it was.
     """
     matrix, factors, along = _matrix("merge_", "scale", weight, scale, dim)
-    if safe and not bool(_ops.stays_finite(matrix, factors, along)):
+    if safe and not bool(_call("stays_finite", None, matrix, factors, along)):
         raise ValueError(
             f"merge_: the scaled weight would not be finite in {str(weight.dtype).removeprefix('torch.')}; correct the "
             "scale, or merge without safe: nothing was written."
         )
     if exact:
-        return Residual(*_call(_ops.merge_exact_, done, matrix, factors, along))
+        return Residual(*_call("merge_exact_", done, matrix, factors, along))
     if along == 0:
         _ops.scale_weight_(matrix, factors, 0)
     else:
@@ -96,7 +92,6 @@ def merge_(
     return None
 
 
-@torch.no_grad()
 def unmerge_(
     weight: Tensor,
     scale: Tensor,
@@ -114,10 +109,9 @@ def unmerge_(
         RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
     """
     matrix, factors, along = _matrix("unmerge_", "scale", weight, scale, dim)
-    _call(_ops.unmerge_exact_, done, matrix, factors, along, *_tensors("unmerge_", weight, residual))
+    _call("unmerge_exact_", done, matrix, factors, along, *_tensors("unmerge_", matrix, residual))
 
 
-@torch.no_grad()
 def swap_(
     weight: Tensor,
     old_scale: Tensor,
@@ -138,122 +132,53 @@ def swap_(
     """
     matrix, old, along = _matrix("swap_", "old_scale", weight, old_scale, dim)
     _, new, _ = _matrix("swap_", "new_scale", weight, new_scale, dim)
-    parity, *rest = _tensors("swap_", weight, residual)
-    return Residual(parity, *_call(_ops.swap_exact_, done, matrix, old, new, along, parity, *rest))
+    parity, *rest = _tensors("swap_", matrix, residual)
+    return Residual(parity, *_call("swap_exact_", done, matrix, old, new, along, parity, *rest))
 
 
-def merge_all_(weights: Sequence[Tensor], scales: Sequence[Tensor], dims: Sequence[int]) -> list[Residual]:
-    """Merge many weights exactly, each as :func:`merge_` does: all of them, or after an error none.
-
-    A GPU is waited for once, not once a weight.
-    """
-    return _move_all("merge_all_", weights, dims, None, scales, None)
-
-
-def unmerge_all_(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], dims: Sequence[int], residuals: Sequence[Residual]
-) -> None:
-    """Take scales out of many weights, each as :func:`unmerge_` does: all of them, or after an error none."""
-    _move_all("unmerge_all_", weights, dims, scales, None, residuals)
-
-
-def swap_all_(
-    weights: Sequence[Tensor],
-    old_scales: Sequence[Tensor],
-    new_scales: Sequence[Tensor],
-    dims: Sequence[int],
-    residuals: Sequence[Residual],
-) -> list[Residual]:
-    """Swap the scales of many weights, each as :func:`swap_` does: all of them, or after an error none."""
-    return _move_all("swap_all_", weights, dims, old_scales, new_scales, residuals)
-
-
-@torch.no_grad()
-def _move_all(
-    op: str,
-    weights: Sequence[Tensor],
-    dims: Sequence[int],
-    olds: Sequence[Tensor] | None,
-    news: Sequence[Tensor] | None,
-    residuals: Sequence[Residual] | None,
-) -> list[Residual]:
-    moves = []
-    none = [None] * len(weights)
-    for weight, dim, old, new, residual in zip(
-        weights, dims, olds or none, news or none, residuals or none, strict=True
-    ):
-        move = Move(weight, None, None, dim)
-        if old is not None:
-            move.weight, move.old, move.dim = _matrix(op, "old_scale", weight, old, dim)
-            move.parity, *move.escapes = _tensors(op, weight, residual)
-            check_residual(op, move.weight, move.parity, *move.escapes)
-            check_positions(op, move.weight, move.escapes[0])
-        if new is not None:
-            move.weight, move.new, move.dim = _matrix(op, "new_scale", weight, new, dim)
-        moves.append(move)
-    found = _run(moves)
-    torch.autograd.graph.increment_version([weight for weight in weights if not weight.is_inference()])
-    parities: list[Any] = [move.parity for move in moves]
-    return [Residual(parity, *escapes) for parity, escapes in zip(parities, found, strict=True)]
-
-
-def _run(moves: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
-    """Run the moves, in one go where one backend takes them all, else one after the other."""
-    chosen = [backends.choose("merge_exact_", move.weight.device.type, move.weight.dtype)[0] for move in moves]
-    together = chosen[0].move_all if chosen else None
-    if together is not None and all(backend is chosen[0] for backend in chosen):
-        return together(moves)
-    found: list[tuple[Tensor, Tensor]] = []
-    try:
-        for move in moves:
-            found.append(_run_alone(move))
-    except BaseException:
-        for move, escapes in zip(moves, found, strict=False):
-            _run_alone(Move(move.weight, move.new, move.old, move.dim, move.parity, escapes))
-        raise
-    return found
-
-
-def _run_alone(move: Move) -> tuple[Tensor, Tensor]:
-    """Run a move by the operator that does it, and return its escapes: where none were looked for, the old ones."""
-    escapes = move.escapes
-    if move.old is None:
-        move.parity, *escapes = _ops.merge_exact_(move.weight, move.new, move.dim)
-    elif move.new is None:
-        _ops.unmerge_exact_(move.weight, move.old, move.dim, move.parity, *escapes)
-    else:
-        escapes = _ops.swap_exact_(move.weight, move.old, move.new, move.dim, move.parity, *escapes)
-    return escapes[0], escapes[1]
-
-
-@torch.no_grad()
 def stays_finite(weight: Tensor, scale: Tensor, dim: int = 0) -> bool:
     """Return whether :func:`merge_` would give finite values only; one reading pass, its arguments, its errors."""
-    return bool(_ops.stays_finite(*_matrix("stays_finite", "scale", weight, scale, dim)))
+    return bool(_call("stays_finite", None, *_matrix("stays_finite", "scale", weight, scale, dim)))
 
 
-def _call(op: Any, done: list[Any] | None, *arguments: Any) -> Any:
+def _call(op: str, done: list[Any] | None, weight: Tensor, *arguments: Any) -> Any:
     """Return what an operator returns, and append it to ``done`` before Python runs anything else.
 
-    A signal's handler runs between two instructions of Python's, most likely after the operator that it had to wait
-    for; extending a list by an iterator that calls the operator is one instruction.
+    A signal's handler runs between two instructions of Python's, most likely after the kernel that it had to wait for;
+    extending a list by an iterator that calls the kernel is one instruction. The arguments were checked. So the backend
+    is called itself where neither a mode nor a subclass nor a trace has a say: the dispatcher takes longer than a small
+    weight does.
     """
     results: list[Any] = [] if done is None else done
-    results.extend(itertools.starmap(op.default._op, [arguments]))
+    if not _is_direct(weight, *arguments):
+        results.extend(itertools.starmap(getattr(_ops, op).default._op, [(weight, *arguments)]))
+        return results[-1]
+    kernel = backends.choose(op, weight.device.type, weight.dtype)[0].operators[op]
+    results.extend(itertools.starmap(kernel, [(weight, *arguments)]))
+    if op.endswith("_") and not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
     return results[-1]
 
 
+def _is_direct(*arguments: Any) -> bool:
+    """Return whether all there is to calling an operator with these arguments is running its kernel."""
+    return (
+        not torch.compiler.is_compiling()
+        and {Tensor, int}.issuperset(map(type, arguments))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def _tensors(op: str, weight: Tensor, residual: Residual | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors of a residual that lies where the weight does."""
-    torch._check(
-        isinstance(residual, Residual),
-        lambda: f"{op}: residual is {residual}; expected what merge_ returns with exact=True.",
-    )
-    tensors = residual.parity, residual.positions, residual.bits  # type: ignore[union-attr]
-    torch._check(
-        all(tensor.device == weight.device for tensor in tensors),
-        lambda: f"{op}: residual is on {tensors[0].device}, but weight is on {weight.device}; move one of them.",
-    )
+    """Return the tensors of a residual, which lies where the weight does and fits it."""
+    if not isinstance(residual, Residual):
+        raise RuntimeError(f"{op}: residual is {residual}; expected what merge_ returns with exact=True.")
+    tensors = parity, positions, bits = residual.parity, residual.positions, residual.bits
+    if not parity.device == positions.device == bits.device == weight.device:
+        raise RuntimeError(f"{op}: residual is on {parity.device}, but weight is on {weight.device}; move one of them.")
+    check_residual(op, weight, *tensors)
     return tensors
 
 

@@ -1,14 +1,14 @@
 """Scaling whose undoing is bit-exact, on GPUs: what the host does around a kernel of CUDA or Triton.
 
 One pass reads and writes a weight. It leaves alone every unit, a warp's adjacent weights of a row, that has escapes,
-and counts them; so the host need not know how many there are until it asks, once, for all weights that it has in hand.
-If there are any, a second launch visits those units alone. If there is no memory for them, one takes back all others.
+and counts them; so the host need not know how many there are until it asks, once. If there are any, a second launch
+visits those units alone. If there is no memory for them, one takes back all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,95 +35,56 @@ def counts_of(workspace: Tensor) -> Tensor:
     return workspace[_HEAD:]
 
 
-@dataclass
-class Move:
-    """A matrix on its way from one scale to another; None is no scale.
+def _move(
+    kernel: Kernel,
+    unit: int,
+    weight: Tensor,
+    old: Tensor | None,
+    new: Tensor | None,
+    dim: int,
+    parity: Tensor,
+    *escapes: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Take an old scale out of a weight and put a new one in (None: no scale); after an error it is as it was.
 
-    parity: made where there is no ``old``. escapes: positions and bits of those that ``old`` left. workspace: how many
-    ``new`` leaves.
+    escapes: positions and bits of those that ``old`` left. Returns those of the new ones. Waits for the device once,
+    and not at all where nothing is put in.
     """
-
-    weight: Tensor
-    old: Tensor | None
-    new: Tensor | None
-    dim: int
-    parity: Tensor | None = None
-    escapes: Sequence[Tensor] = ()
-    workspace: Tensor | None = None
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """Return what a kernel takes after its mode."""
-        escapes = self.escapes or (None, None)
-        return self.weight, self.old, self.new, self.dim, self.parity, *escapes, self.workspace
-
-
-def move_all(kernel: Kernel, unit: int, moves: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
-    """Take what each weight holds out of it and put its new scale in: all weights, or after an error none.
-
-    Returns the positions and bits of the new escapes. Waits for a device once, and not at all where nothing is put in.
-    """
-    done: list[Move] = []
-    found: list[tuple[Tensor, Tensor]] = []
-    offsets: list[Tensor | None] = []
+    positions, bits = escapes if escapes and len(escapes[0]) else (None, None)
+    workspace = None
+    if new is not None or positions is not None:
+        workspace = weight.new_empty(_HEAD + weight.shape[0] * -(-weight.shape[1] // unit), dtype=torch.int16)
+    arguments = weight, old, new, dim, parity, positions, bits, workspace
+    kernel(MOVE, *arguments)
     try:
-        for move in moves:
-            weight = move.weight
-            if move.parity is None:
-                move.parity = weight.new_empty(parity_shape(weight), dtype=torch.uint8)
-            if not move.escapes or not len(move.escapes[0]):
-                move.escapes = ()
-            if move.new is not None or move.escapes or len(moves) > 1:
-                size = _HEAD + weight.shape[0] * -(-weight.shape[1] // unit)
-                move.workspace = weight.new_empty(size, dtype=torch.int16)
-            kernel(MOVE, *move.arguments)
-            done.append(move)
-        for move, count in zip(moves, _counts(moves), strict=True):
-            weight = move.weight
-            bits = weight.new_empty(count, dtype=pattern_dtype(weight.dtype))
-            found.append((weight.new_empty(count, dtype=torch.int64), bits))
-            offsets.append(counts_of(move.workspace).cumsum(0) if count and move.workspace is not None else None)
+        count = 0 if new is None or workspace is None or not weight.numel() else int(total_of(workspace))
+        found = weight.new_empty(count, dtype=torch.int64), weight.new_empty(count, dtype=pattern_dtype(weight.dtype))
+        offsets = counts_of(workspace).cumsum(0) if count and workspace is not None else None
     except BaseException:
-        for move in done:
-            kernel(TAKE_BACK, move.weight, move.new, move.old, move.dim, move.parity, None, None, move.workspace)
+        kernel(TAKE_BACK, weight, new, old, dim, parity, None, None, workspace)
         raise
-    for move, ends, escapes in zip(moves, offsets, found, strict=True):
-        if ends is not None:
-            kernel(COLLECT, *move.arguments, ends, *escapes)
+    if offsets is not None:
+        kernel(COLLECT, *arguments, offsets, *found)
     return found
-
-
-def _counts(moves: Sequence[Move]) -> list[int]:
-    """Return how many escapes each weight has, asking each device once."""
-    counts = [0] * len(moves)
-    by_device: dict[torch.device, dict[int, Tensor]] = {}
-    for index, move in enumerate(moves):
-        if move.new is not None and move.workspace is not None and move.weight.numel():
-            by_device.setdefault(move.weight.device, {})[index] = total_of(move.workspace)
-    for totals in by_device.values():
-        for index, count in zip(totals, torch.cat([*totals.values()]).tolist(), strict=True):
-            counts[index] = count
-    return counts
 
 
 def operators(kernel: Kernel, unit: int) -> dict[str, Callable[..., Any]]:
     """Return the operators of exact merging around a kernel, whose units have so many weights."""
+    move = functools.partial(_move, kernel, unit)
 
     def merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        step = Move(weight, None, scale, dim)
-        escapes = move_all(kernel, unit, [step])[0]
-        assert step.parity is not None
-        return step.parity, *escapes
+        parity = weight.new_empty(parity_shape(weight), dtype=torch.uint8)
+        return parity, *move(weight, None, scale, dim, parity)
 
     def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, *escapes: Tensor) -> None:
         check_positions("unmerge_exact_", weight, escapes[0])
-        move_all(kernel, unit, [Move(weight, scale, None, dim, parity, escapes)])
+        move(weight, scale, None, dim, parity, *escapes)
 
     def swap_exact_(
         weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, parity: Tensor, *escapes: Tensor
     ) -> tuple[Tensor, Tensor]:
         check_positions("swap_exact_", weight, escapes[0])
-        return move_all(kernel, unit, [Move(weight, old_scale, new_scale, dim, parity, escapes)])[0]
+        return move(weight, old_scale, new_scale, dim, parity, *escapes)
 
     def stays_finite(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
         if not weight.numel():

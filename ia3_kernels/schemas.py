@@ -361,33 +361,25 @@ def check_exact(op: str, weight: Tensor, dim: int, **scales: Tensor) -> None:
         _check_exact_scale(op, name, weight, scale, dim)
 
 
-def _check_place(op: str, name: str, tensor: Tensor, weight: Tensor) -> None:
-    _check(
-        tensor.device == weight.device and tensor.is_contiguous(),
-        lambda: (
-            f"{op}: {name} is on {tensor.device} with strides {list(tensor.stride())}; "
-            f"expected a contiguous tensor on the weight's device, {weight.device}."
-        ),
-    )
-
-
 def check_residual(op: str, weight: Tensor, parity: Tensor, positions: Tensor, bits: Tensor) -> None:
     """Raise a sentence unless a residual's shapes and dtypes are those of the weight's."""
-    shape = parity_shape(weight)
-    _check(
-        parity.dtype == torch.uint8 and tuple(parity.shape) == shape,
-        lambda: f"{op}: parity is {parity.dtype} of shape {_shape(parity)}; expected uint8 {list(shape)}, contiguous.",
-    )
+    # Small weights are merged by the hundred, so that nothing is made here for sentences that nobody reads.
+    shape, pattern, device = parity_shape(weight), pattern_dtype(weight.dtype), weight.device
+    if parity.dtype != torch.uint8 or parity.shape != shape:
+        raise RuntimeError(
+            f"{op}: parity is {parity.dtype} of shape {_shape(parity)}; expected uint8 {list(shape)}, contiguous."
+        )
     for name, tensor in (("parity", parity), ("positions", positions), ("bits", bits)):
-        _check_place(op, name, tensor, weight)
-    pattern = pattern_dtype(weight.dtype)
-    _check(
-        positions.dtype == torch.int64 and bits.dtype == pattern and bits.shape == positions.shape,
-        lambda: (
+        if tensor.device != device or not tensor.is_contiguous():
+            raise RuntimeError(
+                f"{op}: {name} is on {tensor.device} with strides {list(tensor.stride())}; "
+                f"expected a contiguous tensor on the weight's device, {device}."
+            )
+    if positions.dtype != torch.int64 or bits.dtype != pattern or bits.shape != positions.shape:
+        raise RuntimeError(
             f"{op}: positions and bits are {positions.dtype} and {bits.dtype} of shapes {_shape(positions)} and "
             f"{_shape(bits)}; expected int64 and {pattern} of one length."
-        ),
-    )
+        )
 
 
 def check_arguments(op: str, *args: Any) -> None:

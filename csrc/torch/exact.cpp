@@ -64,22 +64,18 @@ struct Scaling {
   ExactScaleArgs args;
 };
 
-at::ScalarType pattern_type(const at::Tensor& weight) { return weight.element_size() == 2 ? at::kShort : at::kInt; }
-
-int64_t parity_bytes(int64_t cols) { return (cols + 7) / 8; }
-
-// The residual's values; its shapes were checked with the arguments.
-void check_residual(std::string_view op, const at::Tensor& weight, const at::Tensor& positions) {
+// A residual's values; its shapes were checked with the arguments.
+std::vector<Escape> escapes_of(std::string_view op, const at::Tensor& weight, const at::Tensor& positions,
+                               const at::Tensor& bits) {
   const int64_t* position = positions.const_data_ptr<int64_t>();
+  std::vector<Escape> escapes(positions.numel());
   for (int64_t i = 0, previous = -1; i < positions.numel(); previous = position[i++]) {
     TORCH_CHECK(position[i] > previous && position[i] < weight.numel(), op, ": positions[", i, "] is ", position[i],
                 " after ", previous, "; expected ascending positions below ", weight.numel(), ".");
+    escapes[i] = {position[i], bits.element_size() == 2 ? uint32_t(uint16_t(bits.const_data_ptr<int16_t>()[i]))
+                                                        : uint32_t(bits.const_data_ptr<int32_t>()[i])};
   }
-}
-
-uint32_t pattern_at(const at::Tensor& bits, int64_t i) {
-  return bits.element_size() == 2 ? uint32_t(uint16_t(bits.const_data_ptr<int16_t>()[i]))
-                                  : uint32_t(bits.const_data_ptr<int32_t>()[i]);
+  return escapes;
 }
 
 void put(const ExactScaleArgs& args, const Escape& escape) {
@@ -91,66 +87,40 @@ void put(const ExactScaleArgs& args, const Escape& escape) {
   }
 }
 
-// Grows before a chunk is touched, never while one is half done.
-class Escapes {
- public:
-  // Room for `more`, without which nothing may be appended
-  void reserve(int64_t more) {
-    if (size_ + more <= capacity_) return;
-    const int64_t capacity = std::max(2 * capacity_, size_ + more);
-    std::unique_ptr<Escape[]> larger(new Escape[capacity]);
-    std::copy(begin(), end(), larger.get());
-    data_ = std::move(larger);
-    capacity_ = capacity;
-  }
-  void append(Escape escape) { data_[size_++] = escape; }
-  void grow(int64_t count) { size_ += count; }
-  void clear() { size_ = 0; }
-  Escape* begin() { return data_.get(); }
-  Escape* end() { return data_.get() + size_; }
-  int64_t size() const { return size_; }
-
- private:
-  std::unique_ptr<Escape[]> data_;
-  int64_t size_ = 0, capacity_ = 0;
-};
-
 // What one thread has to do and has done: rows [begin, done) are moved, and these are their new escapes.
 struct Part {
   int64_t begin, end, done;
-  Escapes escapes;
+  std::vector<Escape> escapes;
+  std::unique_ptr<Escape[]> of_chunk;  // room for as many as a chunk has weights; made before a row is touched
 };
 
 // One pass over a weight: a scale is undone (`from`), another applied (`to`), or both; null ones are not.
 class Pass {
  public:
-  Pass(const at::Tensor& weight, const Scaling* from, const at::Tensor& positions, const at::Tensor& bits,
-       const Scaling* to)
+  Pass(const at::Tensor& weight, const Scaling* from, std::vector<Escape> old, const Scaling* to)
       : from_(from == nullptr ? nullptr : &from->args),
         to_(to == nullptr ? nullptr : &to->args),
+        pattern_(weight.element_size() == 2 ? at::kShort : at::kInt),
         cols_(weight.size(1)),
-        chunk_(std::max<int64_t>(1, kChunk / cols_)) {
+        chunk_(std::max<int64_t>(1, kChunk / std::max<int64_t>(1, cols_))),
+        old_(std::move(old)) {
     const int64_t rows = weight.size(0);
-    old_.reserve(positions.numel());
-    for (int64_t i = 0; i < positions.numel(); ++i) {
-      old_.append({positions.const_data_ptr<int64_t>()[i], pattern_at(bits, i)});
-    }
-    const int64_t most = std::min<int64_t>(rows, at::get_num_threads());
+    const int64_t most = std::clamp<int64_t>(rows, 1, at::get_num_threads());
     const int64_t tasks = std::clamp<int64_t>(weight.numel() / kParallelGrain, 1, most);
     for (int64_t t = 0; t < tasks; ++t) {
       const int64_t begin = rows * t / tasks;
-      parts_.push_back({begin, rows * (t + 1) / tasks, begin, {}});
+      parts_.push_back({begin, rows * (t + 1) / tasks, begin, {}, nullptr});
     }
   }
 
   // Moves the weight, and returns the new escapes' positions and bits. All or nothing: after an exception (escapes want
   // more memory than there is) every weight is what it was.
-  std::tuple<at::Tensor, at::Tensor> run(at::ScalarType pattern) {
+  std::tuple<at::Tensor, at::Tensor> run() {
     try {
       at::parallel_for(0, int64_t(parts_.size()), 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) forward(parts_[t]);
       });
-      return escapes(pattern);
+      return escapes();
     } catch (...) {
       for (Part& part : parts_) backward(part);
       throw;
@@ -160,11 +130,17 @@ class Pass {
  private:
   void forward(Part& part) {
     const StandardFloats guard;
+    part.of_chunk.reset(new Escape[std::min(chunk_, part.end - part.begin) * cols_]);
     while (part.done < part.end) {
       const int64_t stop = std::min(part.end, part.done + chunk_);
-      part.escapes.reserve((stop - part.done) * cols_);
+      // Grows before a chunk is touched, never while one is half done.
+      const size_t most = part.escapes.size() + (stop - part.done) * cols_;
+      if (most > part.escapes.capacity()) part.escapes.reserve(std::max(2 * part.escapes.capacity(), most));
       if (from_ != nullptr) take_out(*from_, part.done, stop, old_);
-      if (to_ != nullptr) part.escapes.grow(kernels_.merge_exact(*to_, part.done, stop, part.escapes.end()));
+      if (to_ != nullptr) {
+        Escape* const found = part.of_chunk.get();
+        part.escapes.insert(part.escapes.end(), found, found + kernels_.merge_exact(*to_, part.done, stop, found));
+      }
       part.done = stop;
     }
   }
@@ -172,28 +148,28 @@ class Pass {
   void backward(Part& part) {
     const StandardFloats guard;
     if (to_ != nullptr) take_out(*to_, part.begin, part.done, part.escapes);
-    part.escapes.clear();  // room for those that merging finds again, which are in old_
+    // Finds the escapes again that are in old_.
     for (int64_t r = part.begin; from_ != nullptr && r < part.done; r += chunk_) {
-      kernels_.merge_exact(*from_, r, std::min(part.done, r + chunk_), part.escapes.begin());
+      kernels_.merge_exact(*from_, r, std::min(part.done, r + chunk_), part.of_chunk.get());
     }
   }
 
-  void take_out(const ExactScaleArgs& args, int64_t begin, int64_t end, Escapes& escapes) {
+  void take_out(const ExactScaleArgs& args, int64_t begin, int64_t end, const std::vector<Escape>& escapes) {
     kernels_.unmerge_exact(args, begin, end);
     const auto is_before = [](const Escape& escape, int64_t position) { return escape.position < position; };
-    const Escape* escape = std::lower_bound(escapes.begin(), escapes.end(), begin * cols_, is_before);
+    auto escape = std::lower_bound(escapes.begin(), escapes.end(), begin * cols_, is_before);
     for (; escape != escapes.end() && escape->position < end * cols_; ++escape) put(args, *escape);
   }
 
-  std::tuple<at::Tensor, at::Tensor> escapes(at::ScalarType pattern) {
+  std::tuple<at::Tensor, at::Tensor> escapes() {
     int64_t count = 0;
-    for (const Part& part : parts_) count += part.escapes.size();
-    at::Tensor positions = at::empty({count}, at::kLong), bits = at::empty({count}, pattern);
+    for (const Part& part : parts_) count += int64_t(part.escapes.size());
+    at::Tensor positions = at::empty({count}, at::kLong), bits = at::empty({count}, pattern_);
     int64_t i = 0;
-    for (Part& part : parts_) {
+    for (const Part& part : parts_) {
       for (const Escape& escape : part.escapes) {
         positions.mutable_data_ptr<int64_t>()[i] = escape.position;
-        if (pattern == at::kShort) {
+        if (pattern_ == at::kShort) {
           bits.mutable_data_ptr<int16_t>()[i++] = int16_t(escape.bits);
         } else {
           bits.mutable_data_ptr<int32_t>()[i++] = int32_t(escape.bits);
@@ -205,8 +181,9 @@ class Pass {
 
   const ExactScaleArgs* from_;
   const ExactScaleArgs* to_;
+  at::ScalarType pattern_;
   int64_t cols_, chunk_;  // rows of a chunk
-  Escapes old_;
+  std::vector<Escape> old_;
   std::vector<Part> parts_;
   const cpu::Kernels& kernels_ = cpu::kernels();
 };
@@ -215,11 +192,9 @@ class Pass {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_exact_(const at::Tensor& weight, const at::Tensor& scale,
                                                             int64_t dim) {
-  const at::Tensor parity = at::empty({weight.size(0), parity_bytes(weight.size(1))}, at::kByte);
+  const at::Tensor parity = at::empty({weight.size(0), (weight.size(1) + 7) / 8}, at::kByte);
   const Scaling to(weight, scale, dim, parity);
-  const at::Tensor none = at::empty({0}, at::kLong), no_bits = at::empty({0}, pattern_type(weight));
-  if (weight.numel() == 0) return {parity, none, no_bits};
-  const auto [positions, bits] = Pass(weight, nullptr, none, no_bits, &to).run(pattern_type(weight));
+  const auto [positions, bits] = Pass(weight, nullptr, {}, &to).run();
   return {parity, positions, bits};
 }
 
@@ -236,18 +211,17 @@ at::Tensor stays_finite(const at::Tensor& weight, const at::Tensor& scale, int64
 
 void unmerge_exact_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim, const at::Tensor& parity,
                     const at::Tensor& positions, const at::Tensor& bits) {
-  check_residual("unmerge_exact_", weight, positions);
+  std::vector<Escape> old = escapes_of("unmerge_exact_", weight, positions, bits);
   const Scaling from(weight, scale, dim, parity);
-  if (weight.numel() != 0) Pass(weight, &from, positions, bits, nullptr).run(pattern_type(weight));
+  Pass(weight, &from, std::move(old), nullptr).run();
 }
 
 std::tuple<at::Tensor, at::Tensor> swap_exact_(const at::Tensor& weight, const at::Tensor& old_scale,
                                                const at::Tensor& new_scale, int64_t dim, const at::Tensor& parity,
                                                const at::Tensor& positions, const at::Tensor& bits) {
-  check_residual("swap_exact_", weight, positions);
+  std::vector<Escape> old = escapes_of("swap_exact_", weight, positions, bits);
   const Scaling from(weight, old_scale, dim, parity), to(weight, new_scale, dim, parity);
-  if (weight.numel() == 0) return {at::empty({0}, at::kLong), at::empty({0}, pattern_type(weight))};
-  return Pass(weight, &from, positions, bits, &to).run(pattern_type(weight));
+  return Pass(weight, &from, std::move(old), &to).run();
 }
 
 }  // namespace ia3

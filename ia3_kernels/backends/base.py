@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -23,7 +22,6 @@ class Backend:
 
     operators: those written in Python, by name; they get checked arguments and record no gradient.
     compiled: the names of those that the native library calls by itself (csrc/torch/backend.h).
-    move_all: exact merging of many weights, of one where it is given one (`exact_gpu.move_all`).
     unavailable: says in words why the backend cannot run in this process, or None.
     detail: adds how an operator will run, for `explain`.
     """
@@ -34,7 +32,6 @@ class Backend:
     dtypes: frozenset[torch.dtype]
     operators: Mapping[str, Callable[..., object]]
     compiled: frozenset[str] = frozenset()
-    move_all: Callable[[Sequence[Any]], list[Any]] | None = None
     unavailable: Callable[[], str | None] = field(default=_always)
     detail: Callable[[str, torch.device, torch.dtype, Sequence[int] | None], str] = field(default=_no_detail)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,6 @@ BACKEND = Backend(
     device_types=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
     operators=exact_gpu.operators(_exact_scale, _UNIT),
-    move_all=functools.partial(exact_gpu.move_all, _exact_scale, _UNIT),
     compiled=frozenset(COMPILED),
     unavailable=target.cuda_problem,
     detail=_detail,

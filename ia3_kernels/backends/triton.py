@@ -71,15 +71,6 @@ def _operators() -> Mapping[str, Callable[..., object]]:
     return {op: on_its_device(function) for op, function in functions.items()}
 
 
-def _move_all(moves: Sequence[exact_gpu.Move]) -> list[tuple[Tensor, Tensor]]:
-    from ..triton import exact
-
-    def kernel(mode: int, weight: Tensor, *rest: Any) -> None:
-        on_its_device(lambda first, *others: exact.exact_scale(mode, first, *others))(weight, *rest)
-
-    return exact_gpu.move_all(kernel, exact.UNIT, moves)
-
-
 def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None) -> str:
     if op != "scaled_linear":
         return ""
@@ -92,7 +83,6 @@ BACKEND = Backend(
     device_types=frozenset({"cuda", "cpu"} if target.is_interpreted() else {"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
     operators=_operators(),
-    move_all=_move_all,
     unavailable=target.triton_problem,
     detail=_detail,
 )

@@ -157,11 +157,13 @@ class IA3Model(peft_tuner.IA3Model):
         """
         self.check_known([merged, adapter_name])
         with self.gate.merging():
-            merging.swap(self.model, self.scaled_layers(), merged, adapter_name)
+            found = list(carriers(self.model))
+            layers = [(path, carrier) for path, carrier in found if isinstance(carrier, MergingLayer)]
+            merging.swap(self.model, layers, merged, adapter_name)
             if merged in self.active_adapters:
                 swapped = [adapter_name if name == merged else name for name in self.active_adapters]
                 active = list(dict.fromkeys(swapped))
-                for _, carrier in carriers(self.model):
+                for _, carrier in found:
                     if is_scaled(carrier):
                         carrier.set_adapter(active, inference_mode=self.peft_config[adapter_name].inference_mode)
                     elif adapter_name in carrier.modules_to_save:

@@ -143,7 +143,7 @@ def _codes(layer: Any) -> Any:
     if type(layer).__name__ == "GgufLinear":
         known = formats.format_of(layer)
         cleared = copy.deepcopy(layer)
-        known.write(cleared, {"fields": torch.zeros_like(known.read(cleared)["fields"])})  # type: ignore[union-attr]
+        known.write(cleared, {"scales": torch.zeros_like(known.read(cleared)["scales"])})  # type: ignore[union-attr]
         return _bits(cleared.weight.data)
     return _bits(layer.weight.qdata if hasattr(layer.weight, "qdata") else layer.weight.data)
 
@@ -162,13 +162,11 @@ def _exact_values(layer: Any) -> tuple[Tensor, Tensor]:
         known = bnb_format.FourBitBlocks()
         values = (levels * known.scales(known.read(layer)).double().view(OUT, -1, 1)).view(OUT, IN)
     elif kind == "GgufLinear":
-        fields = gguf_format.GgufBlocks().read(layer)["fields"].double()[..., 0]  # [fields, out, blocks]
+        known = gguf_format.GgufBlocks()
+        cleared = known.read(layer)["scales"]  # [out, fields, blocks, 1]
         without_minimum = copy.deepcopy(layer)
-        if len(fields) > 1:
-            format_ = gguf_format.GgufBlocks()
-            cleared = format_.read(layer)["fields"].clone()
-            cleared[1] = 0
-            format_.write(without_minimum, {"fields": cleared})
+        cleared[:, 1:] = 0
+        known.write(without_minimum, {"scales": cleared})
         gguf = pytest.importorskip("gguf")
         number = gguf.GGMLQuantizationType(layer.ggml_type)
         values, main = (

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ia3_kernels as kernels
-from ia3_kernels import Residual, backends, exact, exact_reference
+from ia3_kernels import Residual, backends, exact_reference
 
 from .helpers import needs_native
 
@@ -292,71 +293,6 @@ def test_swapping_is_unmerging_and_merging(dtype: torch.dtype, dim: int) -> None
     assert _same(weight, before)
 
 
-# --- many weights at once ----------------------------------------------------------------------------------------
-
-
-def _many() -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """Weights of several dtypes and shapes, two scales each, and along what; the first scales leave escapes."""
-    weights = [_hard(torch.bfloat16, 6, 50), torch.randn(7, 33).half(), torch.randn(40), torch.randn(0, 5)]
-    weights += [torch.randn(6, 4, 3, 3), torch.randn(50, 20).t()]
-    dims = [0, 1, 0, 1, 1, 1]
-    firsts, seconds = (
-        [1 + 0.3 * torch.randn(w.shape[dim]) for w, dim in zip(weights, dims, strict=True)] for _ in "12"
-    )
-    firsts[0][2] = firsts[1][3] = 0.0
-    return weights, firsts, seconds, dims
-
-
-def test_many_weights_go_the_way_of_each() -> None:
-    weights, firsts, seconds, dims = _many()
-    before, alone = [weight.clone() for weight in weights], [weight.clone() for weight in weights]
-    found = kernels.merge_all_(weights, firsts, dims)
-    expected = [kernels.merge_(*each, exact=True) for each in zip(alone, firsts, dims, strict=True)]
-    for step in range(2):
-        if step:
-            found = kernels.swap_all_(weights, firsts, seconds, dims, found)
-            swaps = zip(alone, firsts, seconds, dims, expected, strict=True)
-            expected = [kernels.swap_(*each) for each in swaps]
-        for weight, other, residual, like in zip(weights, alone, found, expected, strict=True):
-            assert torch.equal(weight.nan_to_num(7.0), other.nan_to_num(7.0))
-            assert like is not None
-            assert _same_residual(residual, like)
-    versions = [weight._version for weight in weights]
-    kernels.unmerge_all_(weights, seconds, dims, found)
-    assert all(map(_same, weights, before))
-    assert all(weight._version > version for weight, version in zip(weights, versions, strict=True))
-    assert kernels.merge_all_([], [], []) == []
-
-
-@pytest.mark.parametrize("failing", [1, 4])
-@pytest.mark.parametrize("operation", ["merge_all_", "swap_all_", "unmerge_all_"])
-def test_after_an_error_in_one_all_are_as_they_were(
-    operation: str, failing: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights, firsts, seconds, dims = _many()
-    arguments: tuple[Any, ...] = (weights, firsts, dims)
-    if operation != "merge_all_":
-        residuals = kernels.merge_all_(weights, firsts, dims)
-        swap = (weights, firsts, seconds, dims, residuals)
-        arguments = swap if operation == "swap_all_" else (weights, firsts, dims, residuals)
-    before, run, calls = [weight.clone() for weight in weights], exact._run_alone, itertools.count()
-
-    def fail(move: Any) -> Any:
-        if next(calls) == failing:
-            raise MemoryError("out of memory")
-        return run(move)
-
-    monkeypatch.setattr(exact, "_run_alone", fail)
-    with pytest.raises(MemoryError):
-        getattr(kernels, operation)(*arguments)
-    assert next(calls) == 2 * failing + 1
-    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(weights, before, strict=True))
-    # What is wrong with one is said before any is touched.
-    with pytest.raises(RuntimeError, match=r"merge_all_: new_scale has shape \[3\]; expected"):
-        kernels.merge_all_(weights, [*firsts[:-1], torch.ones(3)], dims)
-    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(weights, before, strict=True))
-
-
 # --- layouts -----------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +412,39 @@ def test_a_tensor_whose_memory_was_freed_is_refused(freed: str) -> None:
                 kernels.merge_(weight, scale, exact=is_exact)
         with pytest.raises(RuntimeError):
             kernels.stays_finite(weight, scale)
+
+
+class _Seen(TorchDispatchMode):
+    """Notes which of this package's operators were dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "ia3":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operators_and_nothing_else_is_different() -> None:
+    weight, scale, other = torch.randn(5, 6), torch.rand(5) + 0.5, torch.rand(5) + 0.5
+    twin = weight.clone()
+
+    def run(weight: Tensor) -> list[Tensor]:
+        steps = [weight.clone(), torch.tensor(kernels.stays_finite(weight, scale))]
+        residual = kernels.merge_(weight, scale, exact=True)
+        steps += [weight.clone(), *vars(residual).values()]
+        residual = kernels.swap_(weight, scale, other, 0, residual)
+        steps += [weight.clone(), *vars(residual).values()]
+        kernels.unmerge_(weight, other, 0, residual)
+        return [*steps, weight, torch.tensor(weight._version)]
+
+    expected = run(weight)
+    with _Seen() as seen:
+        found = run(twin)
+    assert seen.names == ["ia3::stays_finite", "ia3::merge_exact_", "ia3::swap_exact_", "ia3::unmerge_exact_"]
+    assert all(map(torch.equal, found, expected))
 
 
 # --- what is wrong is said, and changes nothing ------------------------------------------------------------------

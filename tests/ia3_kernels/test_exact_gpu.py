@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from .test_exact import (
     _binade_borders,
     _every_pattern,
     _hard,
-    _many,
     _patterns,
     _random_bits,
     _same,
@@ -215,55 +213,17 @@ def test_a_weight_whose_rows_lie_on_16_bytes_is_read_16_bytes_at_a_time_and_its_
         assert _same(base.cpu(), around.cpu())
 
 
-# --- many weights at once ----------------------------------------------------------------------------------------
-
-
-def _as_many(device: str) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    *tensors, dims = _many()
-    weights, firsts, seconds = ([tensor.to(device) for tensor in some] for some in tensors)
-    return weights, firsts, seconds, dims
-
-
-def test_many_weights_wait_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, firsts, seconds, dims = _as_many(device)
-    before = [weight.clone() for weight in weights]
-    waits, ask = [], exact_gpu._counts
-    monkeypatch.setattr(exact_gpu, "_counts", lambda moves: waits.append(len(moves)) or ask(moves))
-    residuals = kernels.merge_all_(weights, firsts, dims)
-    for weight, original, scale, dim, residual in zip(weights, before, firsts, dims, residuals, strict=True):
-        alone = original.clone()
-        expected = kernels.merge_(alone, scale, dim, exact=True)
-        assert expected is not None
-        assert _same_residual(residual, expected)
-        _assert_merged(weight, alone.cpu())
-    assert waits == [len(weights), *[1] * len(weights)]
-    residuals = kernels.swap_all_(weights, firsts, seconds, dims, residuals)
-    kernels.unmerge_all_(weights, seconds, dims, residuals)
-    assert all(_same(weight.cpu(), original.cpu()) for weight, original in zip(weights, before, strict=True))
-
-
-@pytest.mark.parametrize("operation", ["merge_all_", "swap_all_", "unmerge_all_"])
-def test_many_weights_without_memory_are_as_they_were(
-    operation: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights, firsts, seconds, dims = _as_many(device)
-    arguments: tuple[Any, ...] = (weights, firsts, dims)
-    if operation != "merge_all_":
-        residuals = kernels.merge_all_(weights, firsts, dims)
-        swap = (weights, firsts, seconds, dims, residuals)
-        arguments = swap if operation == "swap_all_" else (weights, firsts, dims, residuals)
-    before = [weight.cpu().clone() for weight in weights]
-
-    def fail(moves: Any) -> list[int]:
-        raise torch.OutOfMemoryError("out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(exact_gpu, "_counts", fail)
-        with pytest.raises(torch.OutOfMemoryError):
-            getattr(kernels, operation)(*arguments)
-    for weight, original in zip(weights, before, strict=True):
-        _assert_merged(weight, original)
-    getattr(kernels, operation)(*arguments)  # nothing is in its way
+def test_the_host_asks_once_how_many_escapes_there_are(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, total_of = [], exact_gpu.total_of
+    monkeypatch.setattr(exact_gpu, "total_of", lambda workspace: asked.append(1) or total_of(workspace))
+    weight, (first, second) = torch.randn(6, 40).to(device), torch.rand(2, 6).to(device)
+    first[2] = second[3] = 0.0
+    residual = kernels.merge_(weight, first, exact=True)
+    residual = kernels.swap_(weight, first, second, 0, residual)
+    assert len(residual.positions) == 40
+    assert len(asked) == 2
+    kernels.unmerge_(weight, second, 0, residual)
+    assert len(asked) == 2
 
 
 # --- finite or not ------------------------------------------------------------------------------------------------

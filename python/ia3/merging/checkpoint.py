@@ -31,16 +31,7 @@ from ..errors import IA3Error, reason_of
 from ..experts import ExpertsMatrix
 from ..files import atomic_folder, read_json
 from ..matching import is_feedforward
-from .shards import (
-    FLOATS,
-    Advance,
-    Change,
-    Checkpoint,
-    Entry,
-    check_out,
-    read_checkpoint,
-    write_copy,
-)
+from .shards import FLOATS, Advance, Change, Checkpoint, Entry, check_out, read_checkpoint, write_copy
 
 _VECTOR_SUFFIX = ".ia3_l"
 # In a merged checkpoint's config.json: the names of the adapters that it holds, by the digests of their tensors.
@@ -61,12 +52,6 @@ def merged_adapters(folder: Path) -> dict[str, str]:
     """Return the names of the adapters that a checkpoint's folder says it holds, by the digests of their tensors."""
     found = read_json(folder / "config.json").get(_MERGED_KEY) if os.path.lexists(folder / "config.json") else None
     return {str(digest): str(name) for digest, name in found.items()} if isinstance(found, dict) else {}
-
-
-def warn_if_merged(folder: Path, adapter: Path) -> None:
-    """Warn where the checkpoint in a folder holds this adapter already, so that its vectors would act twice."""
-    if (merged := merged_adapters(folder)) and digest(read_tensors(adapter)) in merged:
-        warnings.warn(f"{adapter} was merged into {folder} before; its vectors act twice.", stacklevel=3)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -100,8 +85,10 @@ def plan_merge(base: Path, adapter: Path, out: Path) -> MergePlan:
             # One place may have two names, an embedding's and that of a head that is tied to it: with the same values.
             changes |= {(change.entry.file, change.start): change} if change.nbytes else {}
     check_out(checkpoint, out)
-    warn_if_merged(base, adapter)
-    return MergePlan(checkpoint, adapter, digest(whole), list(changes.values()))
+    plan = MergePlan(checkpoint, adapter, digest(whole), list(changes.values()))
+    if plan.digest in merged_adapters(base):
+        warnings.warn(f"{adapter} was merged into {base} before; its vectors act twice.", stacklevel=2)
+    return plan
 
 
 def write_merged(plan: MergePlan, out: Path, *, link: bool = False, advance: Advance = lambda count: None) -> None:

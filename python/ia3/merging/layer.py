@@ -6,11 +6,10 @@ Each function here changes a layer wholly or, after an exception, not at all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,11 +25,13 @@ from .quantized import Placement
 class MergedParameter:
     """What one parameter holds.
 
+    scale: the product of the vectors that it was multiplied with.
     residual: what undoes it. A parameter that others share has none: it was replaced by a scaled copy, and is kept as
         ``original``.
     written: which tensor it was and how often it had been written to, afterwards.
     """
 
+    scale: Tensor
     residual: Residual | None
     original: nn.Parameter | None
     written: tuple[int, int | None]
@@ -62,19 +63,19 @@ class MergeState:
         return replace(self, is_suspended=is_suspended, parameters={})
 
 
-def scaled_parameters(layer: Any) -> Iterator[tuple[str, int]]:
-    """Return the names of the parameters that a layer's vectors scale, and along which dimension: 0, the outputs; 1."""
-    base = layer.base_layer
-    yield "weight", base.dim if isinstance(base, ExpertsMatrix) else int(layer.is_feedforward)
+def scaled_parameters(layer: Any, base: nn.Module) -> list[tuple[str, int]]:
+    """Return which parameters of its base a layer's vectors scale, and along which dimension: 0, the outputs; 1."""
+    steps = [("weight", base.dim if isinstance(base, ExpertsMatrix) else int(layer.is_feedforward))]
     if not layer.is_feedforward and base._parameters.get("bias") is not None:
-        yield "bias", 0
+        steps.append(("bias", 0))
+    return steps
 
 
 def as_stored(base: nn.Module, parameter: Tensor) -> Tensor:
     """Return a view of a parameter with outputs first: ``Conv1D`` stores its weight the other way round."""
     if isinstance(base, ExpertsMatrix):
         return base.as_stored(parameter)
-    return parameter.detach().t() if isinstance(base, Conv1D) and parameter.dim() == 2 else parameter.detach()
+    return parameter.t() if isinstance(base, Conv1D) and parameter.dim() == 2 else parameter
 
 
 def _written(parameter: Tensor) -> tuple[int, int | None]:
@@ -109,12 +110,11 @@ def _move(
     name: str,
     dim: int,
     now: MergedParameter | None,
-    old: Tensor | None,
     new: Tensor | None,
     is_shared: bool,
     done: list[Any],
 ) -> MergedParameter | None:
-    """Let a parameter go from one scale to another; ``None`` is no scale. ``done`` is as in ``ia3_kernels.merge_``."""
+    """Let a parameter hold another scale; ``None`` is no scale. ``done`` is as in ``ia3_kernels.merge_``."""
     parameter: Any = base._parameters[name]
     if is_shared:
         original = parameter if now is None or now.original is None else now.original
@@ -124,35 +124,27 @@ def _move(
         copy = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
         merge_(as_stored(base, copy), new, dim)
         base._parameters[name] = copy
-        return MergedParameter(None, original, _written(copy))
+        return MergedParameter(new, None, original, _written(copy))
     weight, residual = as_stored(base, parameter), None
-    if now is None or old is None:
+    if now is None:
         residual = None if new is None else merge_(weight, new, dim, exact=True, done=done)
     elif now.residual is not None:
         if new is None:
-            unmerge_(weight, old, dim, now.residual, done=done)
+            unmerge_(weight, now.scale, dim, now.residual, done=done)
         else:
-            residual = swap_(weight, old, new, dim, now.residual, done=done)
-    return None if residual is None else MergedParameter(residual, None, _written(parameter))
+            residual = swap_(weight, now.scale, new, dim, now.residual, done=done)
+    return None if new is None or residual is None else MergedParameter(new, residual, None, _written(parameter))
 
 
 def _move_back(
-    base: nn.Module,
-    name: str,
-    dim: int,
-    now: MergedParameter | None,
-    old: Tensor | None,
-    new: Tensor | None,
-    done: list[Any],
+    base: nn.Module, name: str, dim: int, now: MergedParameter | None, new: Tensor | None, found: Sequence[Tensor]
 ) -> None:
-    """Undo :func:`_move` of a parameter that nobody shares, if ``done`` says that it happened."""
-    if not done:
-        return
+    """Undo :func:`_move` of a parameter that nobody shares; ``found`` is what the operator returned."""
     moved = None
     if new is not None:
         parity = () if now is None or now.residual is None else (now.residual.parity,)
-        moved = MergedParameter(Residual(*parity, *done[0]), None, (0, None))
-    restored = _move(base, name, dim, moved, new, old, False, [])
+        moved = MergedParameter(new, Residual(*parity, *found), None, (0, None))
+    restored = _move(base, name, dim, moved, None if now is None else now.scale, False, [])
     if now is not None and restored is not None:
         now.residual, now.written = restored.residual, restored.written
 
@@ -163,32 +155,32 @@ def put(layer: Any, after: MergeState | None) -> None:
     After an exception, an interrupt at any point included, the layer is as it was.
     """
     base, before = layer.base_layer, layer._merge_state
-    old, new = (None if state is None or state.is_suspended else state.scale for state in (before, after))
     state = before or after
     if state is None:
         return
-    steps = list(scaled_parameters(layer))
-    parameters = {name: base._parameters[name] for name, _ in steps}
+    old, new = (None if state is None or state.is_suspended else state.scale for state in (before, after))
     then = {} if before is None else before.parameters
-    done: dict[str, list[Any]] = {name: [] for name, _ in steps}
+    # With what the parameter is and holds now, and whether it was moved (see ``done`` of ``ia3_kernels.merge_``).
+    steps: list[tuple[str, int, Any, Any, list[Any]]] = [
+        (name, dim, base._parameters[name], then.get(name), []) for name, dim in scaled_parameters(layer, base)
+    ]
     try:
         if state.placement is not None:
             quantized.move(state.placement, new)
         else:
-            for name, dim in steps:
-                moved = _move(base, name, dim, then.get(name), old, new, name in state.shared, done[name])
+            for name, dim, _, now, done in steps:
+                moved = _move(base, name, dim, now, new, name in state.shared, done)
                 if after is not None and moved is not None:
                     after.parameters[name] = moved
         _note(layer, after)
     except BaseException:
         if state.placement is not None:
             quantized.move(state.placement, old)
-        else:
-            for name, dim in steps:
-                if name in state.shared:
-                    base._parameters[name] = parameters[name]
-                else:
-                    _move_back(base, name, dim, then.get(name), old, new, done[name])
+        for name, dim, parameter, now, done in steps:
+            if name in state.shared:
+                base._parameters[name] = parameter
+            elif done:
+                _move_back(base, name, dim, now, new, done[0])
         _note(layer, before)
         raise
 
@@ -200,7 +192,6 @@ def restore(layer: Any, before: MergeState | None) -> None:
 
 
 @contextlib.contextmanager
-@torch.no_grad()
 def unmerged(layer: Any) -> Iterator[None]:
     """Take out what the layer's parameters hold for the block, and put it back where they are then."""
     before = layer._merge_state
@@ -227,6 +218,6 @@ def forget(layer: Any) -> None:
 
 
 def _note(layer: Any, state: MergeState | None) -> None:
-    layer._merge_state = state
-    layer.merged_adapters = [] if state is None else list(state.names)
+    # At once, and past the module's own way of taking attributes, which takes longer than a small weight does.
+    layer.__dict__.update(_merge_state=state, merged_adapters=[] if state is None else list(state.names))
     layer.note_running()

@@ -12,7 +12,6 @@ import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,51 +23,18 @@ from ia3_kernels import stays_finite
 
 from ..errors import IA3Error
 from ..experts import ExpertsMatrix
-from ..layers import ScaledLayer, vectors_of
+from ..layers import vectors_of
 from ..mlp import up_projections
 from ..patching import runs_class_forward
 from ..probing import CONVOLUTIONS, what_linear_computes
 from . import quantized
 from .formats import format_of
-from .layer import (
-    MergeState,
-    as_stored,
-    check_unwritten,
-    put,
-    restore,
-    scaled_parameters,
-)
+from .layer import MergeState, as_stored, check_unwritten, put, restore, scaled_parameters
 from .quantized import Placement
 
 NamedLayer = tuple[str, Any]
-# A layer, the adapters that it is to hold, and the product of their vectors (None: nothing)
-_Change = tuple[str, Any, list[str], Tensor | None]
-
-
-def check_mergeable(model: nn.Module, layers: Iterable[NamedLayer], requantize: bool = False) -> dict[str, Placement]:
-    """Raise :class:`IA3Error` where a weight cannot be scaled (hooks, scales of too many rows), before anything is.
-
-    Returns where the vectors of quantized layers go, by the layers' names.
-    """
-    layers, placements = list(layers), {}
-    is_quantized = any(format_of(layer.base_layer) is not None for _, layer in layers)
-    ups = up_projections(model) if is_quantized else {}
-    for path, layer in layers:
-        base = layer.base_layer
-        if format_of(base) is not None:
-            if layer._merge_state is not None and layer._merge_state.placement is not None:
-                placements[path] = layer._merge_state.placement
-            elif not base._parameters["weight"].is_meta:
-                placements[path] = quantized.find_placement(path, layer, ups.get(id(layer)), requantize)
-        elif not _is_plain(base):
-            raise IA3Error(
-                f"cannot merge into {path!r}, a {type(base).__name__} whose weight is not a plain tensor, or which has "
-                "hooks; run the model unmerged, or load it unquantized."
-            )
-        if base._parameters["weight"].is_meta:
-            raise IA3Error(f"cannot merge into {path!r}, whose weight is on the meta device; load the weights first.")
-        check_unwritten(path, layer)
-    return placements
+# A layer with its name, and what it is to hold.
+_Change = tuple[str, Any, MergeState | None]
 
 
 def _check_enabled(layers: Iterable[NamedLayer]) -> None:
@@ -92,50 +58,44 @@ def _is_plain(base: Any) -> bool:
         return type(weight) is nn.Parameter and weight.is_contiguous() and runs_class_forward(base.experts)
     if type(weight) not in (nn.Parameter, Tensor) or not runs_class_forward(base):
         return False
-    if any(isinstance(base, kind) and _runs_methods_of(kind, type(base)) for kind in (Conv1D, *CONVOLUTIONS)):
-        return True
-    return isinstance(base, nn.Linear) and what_linear_computes(base) == "linear"
-
-
-def _runs_methods_of(kind: Any, subclass: Any) -> bool:
-    return all(
-        getattr(subclass, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward", "__call__")
-    )
+    if isinstance(base, nn.Linear):
+        return what_linear_computes(base) == "linear"
+    kind = next((kind for kind in (Conv1D, *CONVOLUTIONS) if isinstance(base, kind)), None)
+    methods = ("forward", "_conv_forward", "__call__")
+    return kind is not None and all(getattr(type(base), name, None) is getattr(kind, name, None) for name in methods)
 
 
 def to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
     """Return the adapters of ``layer`` that the names mean (the active ones) and that its weight does not hold yet."""
     names = layer.active_adapters if adapter_names is None else adapter_names
-    return [name for name in names if name in layer.ia3_l and name not in layer.merged_adapters]
+    vectors, merged = layer._modules["ia3_l"], layer.merged_adapters
+    return [name for name in names if name in vectors and name not in merged]
 
 
 def _change(path: str, layer: Any, names: list[str]) -> _Change:
-    return path, layer, names, _product(layer, names) if names else None
+    """Return what becomes of a layer that is to hold these adapters: their product is computed, and nothing done."""
+    if not names:
+        return path, layer, None
+    first, *others = (vector.detach().reshape(-1) for vector in vectors_of(layer, names))
+    # A copy, because vectors are trained on; in fp32 at least, so that a product is rounded to 16 bits once.
+    wide = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    before: MergeState | None = layer._merge_state
+    places = () if before is None else (before.shared, before.placement)
+    return path, layer, MergeState(names, functools.reduce(torch.mul, others, wide), *places)
 
 
-def _product(layer: Any, names: Iterable[str]) -> Tensor:
-    """Return a copy of the product of these adapters' vectors, ``[n]``, in fp32 (fp64 where they are)."""
-    product = functools.reduce(torch.mul, (_wide(vector.detach()) for vector in vectors_of(layer, names)))
-    return product.reshape(-1).clone()
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Return the values in fp32 at least, so that a product is rounded to 16 bits once."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _check_finite(path: str, layer: Any, names: Sequence[str], scale: Tensor) -> None:
+def _check_finite(path: str, layer: Any, after: MergeState) -> None:
     """Raise where scaling an unmerged layer would give a value that is not finite; one reading pass."""
     base = layer.base_layer
-    for name, dim in scaled_parameters(layer):
+    for name, dim in scaled_parameters(layer, base):
         weight = as_stored(base, base._parameters[name])
-        if not stays_finite(weight, scale, dim):
+        if not stays_finite(weight, after.scale, dim):
             # PEFT's words first: scripts look for them.
             part = "weights" if name == "weight" else name
             raise IA3Error(
-                f"NaNs detected in the merged {part}. The adapter {', '.join(names)} seems to be broken, or too large "
-                f"for {str(weight.dtype).removeprefix('torch.')}: merged into {path!r} it would give a {name} that is "
-                "not finite; nothing was merged."
+                f"NaNs detected in the merged {part}. The adapter {', '.join(after.names)} seems to be broken, or too "
+                f"large for {str(weight.dtype).removeprefix('torch.')}: merged into {path!r} it would give a {name} "
+                "that is not finite; nothing was merged."
             )
 
 
@@ -148,22 +108,51 @@ def _address(parameter: Tensor) -> tuple[Any, int]:
 
 def _uses(model: nn.Module) -> Counter[tuple[Any, int]]:
     """Return how many modules use each parameter; an original that a scaled copy stands in for is in use too."""
-    uses = Counter(_address(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    found: list[Tensor | None] = []
     for module in model.modules():
-        now: MergeState | None = getattr(module, "_merge_state", None) if isinstance(module, ScaledLayer) else None
+        found += module._parameters.values()
+        now: MergeState | None = module.__dict__.get("_merge_state")
         if now is not None and not now.is_suspended:
-            uses.update(_address(p.original) for p in now.parameters.values() if p.original is not None)
-    return uses
+            found += [parameter.original for parameter in now.parameters.values()]
+    return Counter([_address(parameter) for parameter in found if parameter is not None])
 
 
-def _shared(layer: Any, uses: Counter[tuple[Any, int]]) -> set[str]:
-    """Return the names of the parameters of an unmerged layer that others use too."""
-    parameters = layer.base_layer._parameters
-    return {name for name, _ in scaled_parameters(layer) if uses[_address(parameters[name])] > 1}
+def _prepare(model: nn.Module, changes: Sequence[_Change], requantize: bool) -> None:
+    """Raise :class:`IA3Error` where a weight cannot be scaled (hooks, scales of too many rows), before anything is.
+
+    What changes is told where its vectors go, if it is quantized, and which of its parameters others use too.
+    """
+    ups: Mapping[int, Any] | None = None
+    new: list[tuple[Any, Any, MergeState]] = []
+    for path, layer, after in changes:
+        if after is not None:
+            base = layer.base_layer
+            is_quantized = format_of(base) is not None
+            if not is_quantized and not _is_plain(base):
+                raise IA3Error(
+                    f"cannot merge into {path!r}, a {type(base).__name__} whose weight is not a plain tensor, or which "
+                    "has hooks; run the model unmerged, or load it unquantized."
+                )
+            if base._parameters["weight"].is_meta:
+                raise IA3Error(
+                    f"cannot merge into {path!r}, whose weight is on the meta device; load the weights first."
+                )
+            if is_quantized and after.placement is None:
+                ups = up_projections(model) if ups is None else ups
+                after.placement = quantized.find_placement(path, layer, ups.get(id(layer)), requantize)
+            if layer._merge_state is None or after.placement is not None:
+                new.append((layer, base, after))
+        check_unwritten(path, layer)
+    uses = _uses(model) if new else Counter()
+    for layer, base, after in new:
+        if after.placement is not None:
+            quantized.check_unshared(after.placement, uses, _address)
+        else:
+            names = [name for name, _ in scaled_parameters(layer, base)]
+            after.shared = [name for name in names if uses[_address(base._parameters[name])] > 1]
 
 
 @contextlib.contextmanager
-@torch.no_grad()
 def _all_or_none() -> Iterator[Callable[[Any, MergeState | None], None]]:
     """Yield a function that brings a layer into a state; if the block raises, every layer gets its own back."""
     done: list[tuple[Any, MergeState | None]] = []
@@ -184,31 +173,24 @@ def _apply(
     model: nn.Module,
     changes: Sequence[_Change],
     safe: bool = False,
+    requantize: bool = False,
     progressbar: bool = False,
-    placements: Mapping[str, Placement] = MappingProxyType({}),
 ) -> None:
     """Change all of these layers, or after an exception (an interrupt, too) none."""
-    uses = _uses(model)
+    _prepare(model, changes, requantize)
     with _all_or_none() as change:
-        for path, layer, names, scale in changes:
-            if path in placements:
-                quantized.check_unshared(placements[path], uses, _address)
-            elif safe and scale is not None and layer._merge_state is None:
-                _check_finite(path, layer, names, scale)
-        for path, layer, names, scale in tqdm(changes, "merging", disable=not progressbar):
-            before: MergeState | None = layer._merge_state
-            after = None
-            if scale is not None and before is None:
-                after = MergeState(names, scale, _shared(layer, uses), placements.get(path))
-            elif scale is not None and before is not None:
-                after = MergeState(names, scale, before.shared, before.placement)
-            if safe and after is not None and after.placement is None and before is not None:
+        for path, layer, after in changes:
+            if safe and after is not None and after.placement is None and layer._merge_state is None:
+                _check_finite(path, layer, after)
+        for path, layer, after in tqdm(changes, "merging", disable=not progressbar):
+            if safe and after is not None and after.placement is None and layer._merge_state is not None:
                 # Its weights hold other vectors, and without them only can one tell.
                 change(layer, None)
-                _check_finite(path, layer, names, after.scale)
+                _check_finite(path, layer, after)
             change(layer, after)
             if safe and after is not None and after.placement is not None:
-                quantized.check_finite(after.placement, names)
+                quantized.check_finite(after.placement, after.names)
+    _warn_of_errors([after.placement for _, _, after in changes if after is not None and after.placement is not None])
 
 
 def merge(
@@ -236,12 +218,12 @@ def merge(
         warnings.warn("All adapters are already merged, nothing to do; or none of them is in any layer.", stacklevel=3)
         return
     _check_enabled(layers)
-    placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
-    _apply(model, changes, safe, placements=placements)
-    _warn_of_errors(placements)
-    if not exact:
-        for _, layer, _, _ in changes:
-            _drop_residuals(layer)
+    _apply(model, changes, safe, requantize)
+    for _, _, after in changes:
+        if not exact and after is not None and after.placement is None:
+            after.is_exact = False
+            for parameter in after.parameters.values():
+                parameter.residual = None
 
 
 def merge_for_good(
@@ -254,10 +236,7 @@ def merge_for_good(
 ) -> None:
     """Let the base layers hold the vectors, for the wrappers to be taken away; as :func:`merge`."""
     _check_enabled((path, layer) for path, layer in layers if layer.is_suspended)
-    changes = _changes(layers, adapter_names)
-    placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes), requantize)
-    _apply(model, changes, safe, progressbar, placements)
-    _warn_of_errors(placements)
+    _apply(model, _changes(layers, adapter_names), safe, requantize, progressbar)
 
 
 def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) -> list[_Change]:
@@ -265,37 +244,27 @@ def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) 
     changes = []
     for path, layer in layers:
         names = to_merge(layer, adapter_names)
-        if not names:
-            continue
-        if layer.merged_adapters and layer._merge_state is None:
+        if names and layer.merged_adapters and layer._merge_state is None:
             raise IA3Error(
                 f"{', '.join(layer.merged_adapters)} was merged into {path!r} before the model was accelerated; "
                 "unmerge_adapter first."
             )
-        changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
+        if names:
+            changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
     return changes
 
 
-def _warn_of_errors(placements: Mapping[str, Placement]) -> None:
+def _warn_of_errors(placements: Iterable[Placement]) -> None:
     """Say what was quantized anew, and how far it is from the exact weights."""
-    found = (
-        (quantized.error_of(placement), placement.path) for placement in placements.values() if placement.requantizes
-    )
+    found = ((quantized.error_of(placement), placement.path) for placement in placements if placement.requantizes)
     errors = sorted((error, path) for error, path in found if error is not None)
     if errors:
         (least, _), (most, path) = errors[0], errors[-1]
         warnings.warn(
             f"{len(errors)} weights were quantized anew, and are between {least:.2g} and {most:.2g} of their norm away "
             f"from the exact scaled ones ({path!r} most); unmerging restores their codes.",
-            stacklevel=4,
+            stacklevel=5,
         )
-
-
-def _drop_residuals(layer: Any) -> None:
-    if layer._merge_state is not None and layer._merge_state.placement is None:
-        layer._merge_state.is_exact = False
-        for parameter in layer._merge_state.parameters.values():
-            parameter.residual = None
 
 
 def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
@@ -303,10 +272,7 @@ def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
     found = [(path, layer) for path, layer in layers if layer.merged]
     if not found:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-    merged = [(path, layer) for path, layer in found if layer._merge_state is not None]
-    for path, layer in merged:
-        check_unwritten(path, layer)
-    _apply(model, [_change(path, layer, []) for path, layer in merged])
+    _apply(model, [(path, layer, None) for path, layer in found if layer._merge_state is not None])
     for _, layer in found:
         if layer.merged:
             layer.unmerge_inexactly()
@@ -327,15 +293,12 @@ def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> 
             names.append(new)
         if names != layer.merged_adapters:
             changes.append(_change(path, layer, names))
-    placements = check_mergeable(model, ((path, layer) for path, layer, _, _ in changes))
-    _apply(model, changes, placements=placements)
-    _warn_of_errors(placements)
+    _apply(model, changes)
 
 
 def suspend(layers: Iterable[NamedLayer], is_suspended: bool = True) -> None:
     """Take out of the weights what they hold, for as long as adapters are disabled, or put it back. All or nothing."""
-    merged = [(path, layer) for path, layer in layers if layer._merge_state is not None]
-    merged = [(path, layer) for path, layer in merged if layer.is_suspended != is_suspended]
+    merged = [(path, layer) for path, layer in layers if layer._merge_state and layer.is_suspended != is_suspended]
     for path, layer in merged:
         check_unwritten(path, layer)
     with _all_or_none() as change:

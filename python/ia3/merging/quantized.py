@@ -10,6 +10,7 @@ Where a vector has no such place, the scaled weight can be quantized anew, with 
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -80,30 +81,29 @@ def find_placement(path: str, layer: Any, up: UpProjection | str | None, requant
             "or remove them."
         )
     own = Placement(path, path, base, layer.is_feedforward)
-    placement: Placement | str
+    reason: str | None
     if not layer.is_feedforward:
-        placement = _obstacle(base) or own
+        placement, reason = own, _obstacle(base)
     elif up is None or isinstance(up, str):
-        placement = f"on the input side of which no scales lie: {up or 'it is in no feed-forward block that ia3 knows'}"
+        placement = own
+        reason = f"on the input side of which no scales lie: {up or 'it is in no feed-forward block that ia3 knows'}"
     else:
-        target: nn.Module = getattr(up.module, "base_layer", up.module)
-        reason = _obstacle(target)
-        placement = Placement(path, up.path, target, start=up.start)
+        placement = Placement(path, up.path, getattr(up.module, "base_layer", up.module), start=up.start)
+        reason = _obstacle(placement.module)
         if reason is not None:
-            placement = f"whose input vector would have to go into {up.path!r}, {reason}"
-    if isinstance(placement, Placement):
+            reason = f"whose input vector would have to go into {up.path!r}, {reason}"
+    if reason is None:
         return placement
-    anew: Any = format_of(base)
-    cannot = anew.requantize_obstacle(base)
+    cannot = _format(base).requantize_obstacle(base)
     if cannot is not None:
-        why = placement if cannot == placement else f"{placement}, {cannot}"
+        why = reason if cannot == reason else f"{reason}, {cannot}"
         raise IA3Error(f"cannot merge into {path!r}, a {kind} {why}; run the model unmerged, or load it unquantized.")
     if not requantize:
         raise IA3Error(
-            f"cannot merge into {path!r} exactly, a {kind} {placement}; run the model unmerged, or pass "
+            f"cannot merge into {path!r} exactly, a {kind} {reason}; run the model unmerged, or pass "
             "requantize=True to quantize the scaled weight anew, with an error that is measured and reported."
         )
-    return Placement(path, path, base, layer.is_feedforward, requantizes=True)
+    return dataclasses.replace(own, requantizes=True)
 
 
 def _obstacle(layer: nn.Module) -> str | None:
@@ -128,8 +128,7 @@ def check_unshared(placement: Placement, uses: Counter[Any], address: Callable[[
 
 def check_finite(placement: Placement, names: Sequence[str]) -> None:
     """Raise :class:`IA3Error` where what ``placement`` leads to holds scales or a bias that are not finite."""
-    known, bias = _format(placement.module), placement.module._parameters.get("bias")
-    scales = known.scales(known.read(placement.module))
+    scales, bias = _live_scales(placement.module), placement.module._parameters.get("bias")
     if not all(bool(values.isfinite().all()) for values in (scales, bias) if values is not None):
         raise IA3Error(
             f"merging {', '.join(names)} into {placement.owner!r} would give {placement.path!r} a scale or a bias "
@@ -143,73 +142,68 @@ def move(placement: Placement, scale: Tensor | None) -> None:
 
     Done wholly or, after an exception, not at all.
     """
-    layer = placement.module
+    layer: Any = placement.module
     before: _Scales | None = layer.__dict__.get(_ATTRIBUTE)
-    factors = {} if before is None else dict(before.factors)
-    factors.pop(placement.owner, None)
+    held = {} if before is None else before.factors
+    factors = {owner: factor for owner, factor in held.items() if owner != placement.owner}
     if scale is not None:
         factors[placement.owner] = (placement, scale)
     if before is None and not factors:
         return
     known, bias = _format(layer), layer._parameters.get("bias")
-    concerned = [*factors.values(), *([] if before is None else before.factors.values())]
-    now = known.read(layer, with_codes=any(placement.requantizes for placement, _ in concerned))
-    bias_now = None if bias is None else bias.detach().clone()
+    requantizes = any(placement.requantizes for placement, _ in (*factors.values(), *held.values()))
+    now, bias_now = known.read(layer, requantizes), None if bias is None else bias.detach().clone()
     try:
         if before is not None:
-            _restore(layer, before)
+            known.write(layer, before.saved)
+            if before.bias is not None:
+                bias.data.copy_(before.bias)
         if factors:
             layer.__dict__[_ATTRIBUTE] = _scale(layer, factors)
         else:
             del layer.__dict__[_ATTRIBUTE]
     except BaseException:
         known.write(layer, now)
-        if bias is not None and bias_now is not None:
+        if bias is not None:
             bias.data.copy_(bias_now)
         raise
-
-
-def _restore(layer: Any, kept: _Scales) -> None:
-    _format(layer).write(layer, kept.saved)
-    if kept.bias is not None:
-        layer.bias.data.copy_(kept.bias)
 
 
 def _scale(layer: Any, factors: dict[str, tuple[Placement, Tensor]]) -> _Scales:
     """Scale an unmerged layer; returns what undoes it."""
     known, bias = _format(layer), layer._parameters.get("bias")
-    rows, columns = _product(layer, factors, is_input=False), _product(layer, factors, is_input=True)
+    rows, columns = (_product(layer, factors, is_input) for is_input in (False, True))
     requantizes = any(placement.requantizes for placement, _ in factors.values())
-    saved, error = known.read(layer, with_codes=requantizes), None
+    kept = _Scales(known.read(layer, requantizes), factors=factors)
     if requantizes:
         exact = known.values(layer)
-        for vector in (rows, None if columns is None else known.columns(layer, columns)):
-            exact.mul_(1 if vector is None else vector)
-        known.write(layer, known.quantize(layer, saved, exact))
+        if rows is not None:
+            exact.mul_(rows[:, None])
+        if columns is not None:
+            exact.mul_(known.columns(layer, columns))
+        known.write(layer, known.quantize(layer, kept.saved, exact))
         norm = exact.norm()
-        error = float(known.values(layer).sub_(exact).norm() / norm) if norm else 0.0
+        kept.error = float(known.values(layer).sub_(exact).norm() / norm) if norm else 0.0
     elif rows is not None:
-        known.write(layer, known.scaled(layer, saved, rows[:, 0]))
-    saved_bias = None
+        known.write(layer, known.scaled(layer, kept.saved, rows))
     if bias is not None and rows is not None:
-        saved_bias = bias.detach().clone()
-        bias.data.copy_(saved_bias.to(rows.dtype) * rows[:, 0])
-    return _Scales(saved, saved_bias, factors, _fingerprint(_live_scales(layer)), error)
+        kept.bias = bias.detach().clone()
+        bias.data.copy_(kept.bias.to(rows.dtype) * rows)
+    kept.written = _fingerprint(_live_scales(layer))
+    return kept
 
 
 def _product(layer: Any, factors: dict[str, tuple[Placement, Tensor]], is_input: bool) -> Tensor | None:
-    """Return the product of the vectors on one side, ``[out, 1]`` or ``[in]``; ``None`` where there is none."""
+    """Return the product of the vectors on one side, ``[out]`` or ``[in]``; ``None`` where there is none."""
     product: Tensor | None = None
-    device = layer._parameters["weight"].device
     for placement, scale in factors.values():
-        if placement.is_input != is_input:
-            continue
-        vector = scale.to(device)
-        if not is_input:
-            vector = torch.ones(layer.out_features, dtype=scale.dtype, device=device)
-            vector[placement.start : placement.start + len(scale)] = scale
-            vector = vector[:, None]
-        product = vector if product is None else product * vector
+        if placement.is_input == is_input:
+            vector = scale.to(layer._parameters["weight"].device)
+            if not is_input and len(vector) < layer.out_features:
+                ones = vector.new_ones(layer.out_features)
+                ones[placement.start : placement.start + len(vector)] = vector
+                vector = ones
+            product = vector if product is None else product * vector
     return product
 
 

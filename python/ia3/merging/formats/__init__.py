@@ -42,9 +42,9 @@ class Format(ABC):
     forward: ClassVar[Any] = None
 
     @classmethod
-    def holds(cls, layer: nn.Module) -> bool:
-        """Return whether ``layer`` is of this format."""
-        return any(kind.__name__ in cls.layers for kind in type(layer).__mro__)
+    def holds(cls, layer: type, weight: type) -> bool:
+        """Return whether layers of a class whose weights are of another are of this format."""
+        return any(kind.__name__ in cls.layers for kind in layer.__mro__)
 
     @abstractmethod
     def obstacle(self, layer: Any) -> str | None:
@@ -52,23 +52,26 @@ class Format(ABC):
 
     def requantize_obstacle(self, layer: Any) -> str | None:
         """Return why it cannot be quantized anew; ``None`` where it can."""
-        return None
+        return self.obstacle(layer)
 
     @abstractmethod
     def read(self, layer: Any, with_codes: bool = False) -> State:
-        """Return what the layer holds now; with its codes where they are to be replaced."""
+        """Return what the layer holds now, ``scales [out, ...]``; with its codes where they are to be replaced."""
 
     @abstractmethod
     def write(self, layer: Any, state: State) -> None:
         """Let the layer hold a state, on the device where it is now."""
 
-    @abstractmethod
     def scales(self, state: State) -> Tensor:
         """Return the scales of a state in fp32, of whatever shape, for what checks them."""
+        scales: Tensor = state["scales"]
+        return scales.float()
 
-    @abstractmethod
     def scaled(self, layer: Any, state: State, rows: Tensor) -> State:
         """Return the state whose rows are ``rows [out]`` times those of ``state``; its codes are those of ``state``."""
+        scales: Tensor = state["scales"]
+        factors = rows.to(scales.device).view(-1, *(1,) * (scales.dim() - 1))
+        return {"scales": (scales.to(rows.dtype) * factors).to(scales.dtype)}
 
     def columns(self, layer: Any, vector: Tensor) -> Tensor:
         """Return a vector over the layer's inputs, in the order of its columns."""
@@ -83,8 +86,8 @@ class Format(ABC):
         """Return the state, with codes, of ``weight [out, in]`` in fp32, quantized as ``state`` was, by its library."""
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """Compute ``run(x)``, which is ``x @ W.T + b``; ``unpack`` gives the parts of ``W`` in a dtype. Keeps no tensor."""
+class FrozenProduct(torch.autograd.Function):
+    """Compute ``run(x) = x @ W.T + b``; ``unpack`` gives the parts of ``W`` in a dtype, anew in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], unpack: Callable[[torch.dtype], Parts]) -> Tensor:
@@ -98,12 +101,6 @@ class _FrozenProduct(torch.autograd.Function):
         return functools.reduce(torch.add, parts), None, None
 
 
-def frozen_product(x: Tensor, run: Callable[[Tensor], Tensor], unpack: Callable[[torch.dtype], Parts]) -> Tensor:
-    """Return ``run(x) = x @ W.T + b``, and unpack ``W`` again in backward."""
-    y: Tensor = _FrozenProduct.apply(x, run, unpack)
-    return y
-
-
 def wants_gradient(x: Tensor) -> bool:
     """Return whether the gradient of ``x`` is asked for."""
     return torch.is_grad_enabled() and x.requires_grad
@@ -111,7 +108,13 @@ def wants_gradient(x: Tensor) -> bool:
 
 def format_of(layer: nn.Module) -> Format | None:
     """Return the format of a quantized layer, or ``None``."""
-    return next((known for known in FORMATS if known.holds(layer)), None)
+    kinds: Any = type(layer), type(layer._parameters.get("weight"))
+    return _format_of(*kinds)
+
+
+@functools.lru_cache
+def _format_of(layer: type, weight: type) -> Format | None:
+    return next((known for known in FORMATS if known.holds(layer, weight)), None)
 
 
 def make_differentiable(model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ...patching import stand_in
-from . import Format, Parts, State, frozen_product, wants_gradient
+from . import Format, FrozenProduct, Parts, State, wants_gradient
+
+_UNQUANTIZED = "which is not quantized yet; move it to a device first"
 
 
 class Int8Rows(Format):
@@ -28,10 +29,7 @@ class Int8Rows(Format):
     def obstacle(self, layer: Any) -> str | None:
         if layer.state.has_fp16_weights:
             return "whose weight is quantized in every forward pass (has_fp16_weights=True), and has no scales to keep"
-        return "which is not quantized yet; move it to a device first" if self._place(layer).SCB is None else None
-
-    def requantize_obstacle(self, layer: Any) -> str | None:
-        return self.obstacle(layer)
+        return _UNQUANTIZED if self._place(layer).SCB is None else None
 
     def read(self, layer: Any, with_codes: bool = False) -> State:
         state = {"scales": self._place(layer).SCB}
@@ -42,14 +40,6 @@ class Int8Rows(Format):
         place.SCB = state["scales"].to(device)
         if "codes" in state:
             layer.weight.data = place.CB = state["codes"].to(device)
-
-    def scales(self, state: State) -> Tensor:
-        found: Tensor = state["scales"].float()
-        return found
-
-    def scaled(self, layer: Any, state: State, rows: Tensor) -> State:
-        scales = state["scales"]
-        return {"scales": (scales.to(rows.dtype) * rows.to(scales.device)).to(scales.dtype)}
 
     def values(self, layer: Any) -> Tensor:
         return layer.weight.data.float() * (self._place(layer).SCB.float() / 127)[:, None]  # type: ignore[no-any-return]
@@ -65,22 +55,24 @@ class Int8Rows(Format):
 def linear4bit_forward(layer: Any, x: Tensor) -> Tensor:
     """Return the output ``[*, out]`` of a ``Linear4bit`` for x ``[*, in]``, with a gradient for x in either layout."""
     run = functools.partial(type(layer).forward, layer)
-    if not (wants_gradient(x) and getattr(layer.weight.quant_state, "packing_format_for_cpu", False)):
-        own: Tensor = run(x)
-        return own
-    return frozen_product(x, run, functools.partial(_parts, layer))
+    y: Tensor
+    if wants_gradient(x) and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        y = FrozenProduct.apply(x, run, functools.partial(_parts, layer))
+    else:
+        y = run(x)
+    return y
 
 
 def _parts(layer: Any, dtype: torch.dtype) -> Parts:
+    yield slice(None), _values(layer, dtype)
+
+
+def _values(layer: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes import functional
 
-    state = copy.copy(layer.weight.quant_state)
-    # The inverse would quantize the blocks' scales anew, each time a little differently: keep them as they are.
-    state.original_nested = False
-    packed, state = functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
-    state.absmax = state.absmax.T.reshape(-1).float()
-    values = functional.dequantize_4bit(packed.view(torch.uint8), state)
-    yield slice(None), values.to(dtype)
+    state = _state_of(_flat(vars(layer.weight.quant_state)) | {"dtype": dtype})
+    values: Tensor = functional.dequantize_4bit(_flat_codes(layer), state)
+    return values
 
 
 class FourBitBlocks(Format):
@@ -96,7 +88,7 @@ class FourBitBlocks(Format):
     def obstacle(self, layer: Any) -> str | None:
         state = layer.weight.quant_state
         if state is None:
-            return "which is not quantized yet; move it to a device first"
+            return _UNQUANTIZED
         if len(state.shape) != 2 or state.shape[1] % state.blocksize:
             return (
                 f"whose rows of {layer.in_features} values are not whole blocks of {state.blocksize}, so that a scale "
@@ -105,7 +97,7 @@ class FourBitBlocks(Format):
         return None
 
     def requantize_obstacle(self, layer: Any) -> str | None:
-        return "which is not quantized yet; move it to a device first" if layer.weight.quant_state is None else None
+        return _UNQUANTIZED if layer.weight.quant_state is None else None
 
     def read(self, layer: Any, with_codes: bool = False) -> State:
         state: State = vars(layer.weight.quant_state) | ({"codes": layer.weight.data} if with_codes else {})
@@ -123,7 +115,7 @@ class FourBitBlocks(Format):
         vars(weight.quant_state).clear()
         vars(weight.quant_state).update(fields)
         if fields.get("state2") is not None:
-            weight.quant_state.state2 = _copy_of(fields["state2"])
+            weight.quant_state.state2 = _state_of(vars(fields["state2"]))
         weight.quant_state.to(weight.device)
 
     def scales(self, state: State) -> Tensor:
@@ -136,11 +128,7 @@ class FourBitBlocks(Format):
         return flat | {"absmax": (absmax * rows.to(absmax.device)[:, None]).float().view(-1)}
 
     def values(self, layer: Any) -> Tensor:
-        from bitsandbytes import functional
-
-        flat = _flat(vars(layer.weight.quant_state))
-        values: Tensor = functional.dequantize_4bit(_flat_codes(layer), _state_of(flat | {"dtype": torch.float32}))
-        return values
+        return _values(layer, torch.float32)
 
     def quantize(self, layer: Any, state: State, weight: Tensor) -> State:
         from bitsandbytes import functional
@@ -163,10 +151,6 @@ def _state_of(fields: State) -> Any:
     state = QuantState.__new__(QuantState)
     vars(state).update(fields)
     return state
-
-
-def _copy_of(state: Any) -> Any:
-    return _state_of(vars(state))
 
 
 def _flat(fields: State) -> State:

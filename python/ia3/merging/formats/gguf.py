@@ -9,27 +9,17 @@ import torch
 from torch import Tensor
 
 from ...patching import stand_in
-from . import Format, Parts, State, frozen_product, wants_gradient
+from . import Format, FrozenProduct, Parts, State, wants_gradient
 
 # Of each GGUF type that transformers keeps packed, where in a block its fp16 scales lie (and that of its minima).
 # IQ1_M has none: it spreads its scale's bits over other fields.
 _GGUF_FIELDS: dict[str, tuple[int, ...]] = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q8_0": (0,),
+    **dict.fromkeys(("Q4_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q4_K", "Q5_K"), (0, 2)),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
     "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-    "IQ2_XXS": (0,),
-    "IQ2_XS": (0,),
-    "IQ2_S": (0,),
-    "IQ3_XXS": (0,),
-    "IQ3_S": (0,),
-    "IQ1_S": (0,),
 }
 
 
@@ -49,7 +39,7 @@ def gguf_forward(layer: Any, x: Tensor) -> Tensor:
             y[..., rows] = x @ values.T
         return y
 
-    y = frozen_product(x, run, unpack)
+    y: Tensor = FrozenProduct.apply(x, run, unpack)
     return y if layer.bias is None else (y + layer.bias).to(x.dtype)
 
 
@@ -107,22 +97,15 @@ class GgufBlocks(Format):
     def read(self, layer: Any, with_codes: bool = False) -> State:
         if with_codes:
             return {"bytes": layer.weight.data.clone()}
-        return {"fields": torch.stack([field.contiguous().view(torch.float16) for field in self._fields(layer)])}
+        fields = [field.contiguous().view(torch.float16) for field in self._fields(layer)]
+        return {"scales": torch.stack(fields, 1)}  # [out, fields, blocks, 1]
 
     def write(self, layer: Any, state: State) -> None:
         if "bytes" in state:
             layer.weight.data.copy_(state["bytes"])
             return
-        for field, values in zip(self._fields(layer), state["fields"], strict=True):
-            field.copy_(values.view(torch.uint8))
-
-    def scales(self, state: State) -> Tensor:
-        found: Tensor = state["fields"].float()
-        return found
-
-    def scaled(self, layer: Any, state: State, rows: Tensor) -> State:
-        fields = state["fields"]  # [fields, out, blocks, 1]
-        return {"fields": (fields.to(rows.dtype) * rows.to(fields.device)[:, None, None]).half()}
+        for field, values in zip(self._fields(layer), state["scales"].unbind(1), strict=True):
+            field.copy_(values.contiguous().view(torch.uint8))
 
     def columns(self, layer: Any, vector: Tensor) -> Tensor:
         order = layer.input_permutation

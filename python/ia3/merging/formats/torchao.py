@@ -16,8 +16,8 @@ class TorchaoInt8(Format):
     layers = frozenset()
 
     @classmethod
-    def holds(cls, layer: nn.Module) -> bool:
-        return type(layer) is nn.Linear and type(layer._parameters.get("weight")).__name__ == "Int8Tensor"
+    def holds(cls, layer: type, weight: type) -> bool:
+        return layer is nn.Linear and weight.__name__ == "Int8Tensor"
 
     def obstacle(self, layer: Any) -> str | None:
         scale = layer.weight.scale
@@ -40,14 +40,6 @@ class TorchaoInt8(Format):
         if "codes" in state:
             weight.qdata = state["codes"].to(device)
             weight.zero_point = None if state["zero_point"] is None else state["zero_point"].to(device)
-
-    def scales(self, state: State) -> Tensor:
-        found: Tensor = state["scales"].float()
-        return found
-
-    def scaled(self, layer: Any, state: State, rows: Tensor) -> State:
-        scales = state["scales"]
-        return {"scales": (scales.to(rows.dtype) * rows.to(scales.device)[:, None]).to(scales.dtype)}
 
     def values(self, layer: Any) -> Tensor:
         values: Tensor = layer.weight.dequantize(torch.float32)
