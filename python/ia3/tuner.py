@@ -158,7 +158,7 @@ class IA3Model(peft_tuner.IA3Model):
         self.check_known([merged, adapter_name])
         with self.gate.merging():
             found = list(carriers(self.model))
-            layers = [(path, carrier) for path, carrier in found if isinstance(carrier, MergingLayer)]
+            layers = [(path, carrier) for path, carrier in found if isinstance(carrier, ScaledLayer)]
             merging.swap(self.model, layers, merged, adapter_name)
             if merged in self.active_adapters:
                 swapped = [adapter_name if name == merged else name for name in self.active_adapters]
