@@ -20,7 +20,7 @@ from transformers import (
 
 from ia3.cli import tune as command
 from ia3.cli.app import main
-from ia3.fused import plan_adapter
+from ia3.planning import plan_adapter
 from ia3_kernels import routes, target, tune
 from ia3_kernels.launches import Architecture, linear_launch
 from ia3_kernels.routes import Measurement, Product
