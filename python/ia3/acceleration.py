@@ -9,7 +9,7 @@ import peft
 from peft.tuners.ia3.layer import IA3Layer
 from torch import nn
 
-from . import experts
+from . import experts, fused
 from . import model as _model  # registers the classes of models
 from .config import IA3Config
 from .errors import IA3Error
@@ -18,7 +18,7 @@ from .peft_layers import MergingLayer, injecting
 from .planning import plan_adapter
 from .reporting import log_report
 from .swap import all_or_nothing, give_back_classes, install, uninstall
-from .tuner import IA3Model
+from .tuner import IA3Model, check_name
 
 del _model
 
@@ -57,11 +57,14 @@ def accelerate(model: _Model) -> _Model:
 
 def decelerate(model: _Model) -> _Model:
     """Undo :func:`accelerate`; returns ``model`` itself. Weights that hold vectors are unmerged."""
-    if experts.has_vectors(model):
+    if any(isinstance(module, experts.Experts) for module in model.modules()):
         raise IA3Error("the model has vectors on experts, which PEFT has no layers for; unload() the adapters instead.")
+    if any(isinstance(module, IA3Model) and module.bank is not None for module in model.modules()):
+        raise IA3Error("the model has a bank, which needs its layers; close the bank first.")
     merged = [("layer", layer) for layer in model.modules() if isinstance(layer, MergingLayer) and layer._merge_state]
     if merged:
         merging.unmerge(model, merged)
+    fused.settle(model)
     uninstall(model)
     give_back_classes(model)
     for name in _INJECTING:
@@ -82,6 +85,9 @@ def inject_adapter_in_model(
     peft_config: peft.IA3Config, model: nn.Module, adapter_name: str = "default", **kwargs: Any
 ) -> nn.Module:
     """Put a new adapter into ``model`` and return ``model`` itself, with no wrapper around it; as PEFT's function."""
+    if not isinstance(model, nn.Module):
+        raise IA3Error(f"model is a {type(model).__name__}; expected an nn.Module: load it first.")
+    check_name(adapter_name)
     config = IA3Config.of(peft_config)
     plan = plan_adapter(model, config, strict="state_dict" not in kwargs)
     with all_or_nothing(model, adapter_name):

@@ -79,21 +79,20 @@ class AdapterBank:
         self.scales: dict[nn.Module, Tensor | None] = {}
         self._places: dict[str, tuple[int, ...]] = {}
         self.model: Any = model
-        self._folder: Path | None = None
         if config is not None:
             check_unadapted(model)
         with nullcontext() if config is None else all_or_nothing(model, "default"):
             if config is not None:
                 self.model = get_peft_model(model, config)
             self._tuner: Any = self.model.base_model
+            self._slots = Slots(capacity, host_limit)
+            self._cover(self._tuner.sites())
             if folder is not None:
                 try:
                     Path(folder).mkdir(parents=True, exist_ok=True)
-                    self._folder = Path(tempfile.mkdtemp(prefix="evicted-", dir=folder))
+                    self._slots.folder = Path(tempfile.mkdtemp(prefix="evicted-", dir=folder))
                 except OSError as error:
                     raise IA3Error(f"cannot write into {folder}: {error.strerror}; choose another folder.") from error
-            self._slots = Slots(capacity, self._folder, host_limit)
-            self._cover(self._tuner.sites())
         self._tuner.bank = self
 
     # --- what is there ------------------------------------------------------------------------------------------------
@@ -158,13 +157,15 @@ class AdapterBank:
             if old is not None and old.slot is not None and not old.users:
                 self._forget(name)  # its slot is the next that is taken
             adapter = Adapter()
-            self._slots.enter(adapter, vectors)
+            self._slots.enter(adapter, vectors, self._adapters.get(name))
             if name in self._adapters:
                 self._forget(name)
             adapter.is_pinned = pin
             self._adapters[name] = adapter
 
     def _check_absent(self, name: str, replace: bool) -> None:
+        if self._tuner.bank is not self:
+            raise IA3Error("the bank is closed; make another.")
         if name in self._adapters and not replace:
             raise IA3Error(f"the bank has an adapter {name!r:.200} already; unload it first, or pass replace=True.")
         if name in self._tuner.peft_config:
@@ -199,8 +200,8 @@ class AdapterBank:
                 raise IA3Error(f"adapter {busy[0]!r} is used by a running batch; close the bank when it is done.")
             for name in list(self._adapters):
                 self._forget(name)
-            if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._slots.folder is not None:
+                shutil.rmtree(self._slots.folder, ignore_errors=True)
             if self._tuner.bank is self:
                 self._tuner.bank = None
 
@@ -283,6 +284,11 @@ class AdapterBank:
         """Return the checked vectors of an adapter, those of all layers side by side, in fp32 on the host."""
         if isinstance(source, Mapping):
             tensors, where = source, "the state dict"
+            for key, value in source.items():
+                if not isinstance(key, str) or not isinstance(value, Tensor):
+                    raise IA3Error(
+                        f"{where} has {key!r:.200}, a {type(value).__name__}; expected tensors by their names."
+                    )
         elif isinstance(source, str | os.PathLike):
             folder = source_folder(source)
             IA3Config.from_pretrained(folder)  # raises for an adapter of another kind
@@ -323,15 +329,12 @@ class Lease:
     def rows(self, names: Sequence[str]) -> list[int]:
         """Return the slots of these adapters, which are held now in place of those before; all of them or an error."""
         bank, held = self._bank, dict[str, Adapter]()
-
-        def is_listed(name: str) -> bool:
-            return name in bank or name not in bank._tuner.peft_config
-
         with bank._lock:
             try:
                 for name in dict.fromkeys(names):
                     if name != BASE_NAME:
-                        held[name] = bank._acquire(name) if is_listed(name) else bank._acquire_own(name)
+                        is_own = name not in bank and name in bank._tuner.peft_config
+                        held[name] = bank._acquire_own(name) if is_own else bank._acquire(name)
             except BaseException:
                 for adapter in held.values():
                     bank._slots.release(adapter)

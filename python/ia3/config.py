@@ -10,12 +10,11 @@ import re
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import peft
 import regex
-from peft import PeftConfig, PeftType, TaskType
+from peft import PeftType, TaskType
 
 from .errors import IA3Error, reason_of
 from .files import read_json, source_folder
@@ -203,34 +202,22 @@ class IA3Config(peft.IA3Config):
         source: for a hub, ``revision``, ``token`` and ``cache_dir``.
         """
         path = source_folder(pretrained_model_name_or_path, subfolder, **source) / CONFIG_NAME
-        fields = read_config(path)
+        if not os.path.lexists(path):
+            raise IA3Error(f"there is no {CONFIG_NAME} in {path.parent}; name the local folder of a saved adapter.")
+        content = read_json(path, "save the adapter again")
+        if content.get("peft_type") != PeftType.IA3.value:
+            raise IA3Error(
+                f"{path} has peft_type {content.get('peft_type')!r:.200}; expected 'IA3': load this adapter with PEFT."
+            )
+        known = {entry.name for entry in dataclasses.fields(IA3Config) if entry.init}
+        unknown = sorted(content.keys() - known)
+        if unknown:
+            warnings.warn(
+                f"{path} has fields that this version does not know ({_quoted(unknown)}), probably from a newer PEFT; "
+                "they have no effect.",
+                stacklevel=2,
+            )
         try:
-            return cls(**fields)
+            return cls(**{name: value for name, value in content.items() if name in known})
         except IA3Error as error:
             raise IA3Error(f"{path}: {error}") from None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the fields of a saved IA3 configuration; unknown ones are left out, with a warning.
-
-    Raises :class:`IA3Error` for what is no such file.
-    """
-    if not os.path.lexists(path):
-        raise IA3Error(f"there is no {CONFIG_NAME} in {path.parent}; name the local folder of a saved adapter.")
-    content = read_json(path, "save the adapter again")
-    if content.get("peft_type") != PeftType.IA3.value:
-        raise IA3Error(
-            f"{path} has peft_type {content.get('peft_type')!r:.200}; expected 'IA3': load this adapter with PEFT."
-        )
-    known = {entry.name for entry in dataclasses.fields(IA3Config) if entry.init}
-    unknown = sorted(content.keys() - known)
-    if unknown:
-        warnings.warn(
-            f"{path} has fields that this version does not know ({_quoted(unknown)}), probably from a newer PEFT; they "
-            "have no effect.",
-            stacklevel=3,
-        )
-    return {name: value for name, value in content.items() if name in known}
-
-
-__all__ = ["CONFIG_NAME", "IA3Config", "PeftConfig", "PeftType", "TaskType", "read_config"]

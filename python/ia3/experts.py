@@ -251,11 +251,6 @@ def give_back(model: nn.Module) -> None:
             patching.restore(module.base_layer, (experts_forward,))
 
 
-def has_vectors(model: nn.Module) -> bool:
-    """Return whether experts of ``model`` have vectors."""
-    return any(isinstance(module, Experts) for module in model.modules())
-
-
 def wrap(model: nn.Module, path: str, layer: nn.Module) -> None:
     """Put ``layer``, which is to hold the vectors of the experts' parameter ``path``, where it belongs."""
     outer, _, name = path.rpartition(".")

@@ -75,8 +75,20 @@ def mark(model: nn.Module, adapter_name: str, config: Any) -> None:
             vector = layer.ia3_l[adapter_name]
             device = "cpu" if vector.is_meta else vector.device
             layer.register_buffer(queries_key(adapter_name), mask.to(device).view(-1, 1), persistent=False)
+            settle(layer)
         if "_running" in layer.__dict__:
             layer.note_running()
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> None:
+    """Write ones into the vectors of ``model`` where queries are left alone, and act as ones whatever is there."""
+    for layer in model.modules():
+        for name, mask in layer._buffers.items():
+            if name.startswith(queries_key("")) and mask is not None:
+                vector = layer.get_parameter(f"ia3_l.{name.removeprefix(queries_key(''))}")
+                if not vector.is_meta and not hasattr(vector, "full_tensor"):
+                    vector.masked_fill_(mask.to(vector.device), 1.0)
 
 
 def settled(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,20 +67,15 @@ def routing_of(layer: nn.Module) -> Routing | None:
 
 def is_untouched(module: nn.Module) -> bool:
     """Return whether calling ``module`` runs its class's ``forward`` alone: no hooks, no function in its place."""
+    patch = module.__dict__.get("forward")
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or not _runs_own_forward(module)
+        or (patch is not None and getattr(patch, "func", None) is not linear_forward)
         or nn_module._has_any_global_hook()
     )
-
-
-def _runs_own_forward(module: nn.Module) -> bool:
-    """Return whether nothing stands in for the class's ``forward`` but :func:`linear_forward`."""
-    patch = module.__dict__.get("forward")
-    return patch is None or getattr(patch, "func", None) is linear_forward
 
 
 def plain_weight(layer: nn.Module) -> Tensor | None:

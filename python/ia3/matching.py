@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import IA3Config, fullmatch
 from .errors import IA3Error
 from .patching import execution_device
-from .probing import base_of, features, is_linear, is_scaled, model_type, named_base_modules, reader_of
+from .probing import CONVOLUTIONS, base_of, features, is_scaled, model_type, named_base_modules, reader_of
 
 ALL_LINEAR = "all-linear"
 # The heads that belong to a task; a model has one of them.
@@ -117,7 +117,8 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: IA3Conf
     return [
         path
         for path, module in modules.items()
-        if is_linear(base_of(module)) and module is not output and reader_of(model, path) is None
+        if features(base := base_of(module)) is not None and not isinstance(base, CONVOLUTIONS)
+        if module is not output and reader_of(model, path) is None
     ]
 
 

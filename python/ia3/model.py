@@ -18,6 +18,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import nn
 
 from . import fused
@@ -35,10 +36,11 @@ from .config import IA3Config
 from .errors import IA3Error
 from .files import atomic_folder, source_folder
 from .matching import Plan
+from .merging.model import kept
 from .peft_layers import injecting, staying
 from .planning import check_unadapted, plan_adapter
 from .reporting import log_report
-from .swap import all_or_nothing, in_place_of, install
+from .swap import accelerated_class, all_or_nothing, in_place_of, install
 from .tuner import check_name
 
 
@@ -49,13 +51,17 @@ def _forward_as(theirs: Any) -> Any:
     would hold for that name only.
     """
 
-    parameters = list(inspect.signature(theirs.forward).parameters.values())[1:]
+    signature = inspect.signature(theirs.forward)
+    parameters = list(signature.parameters.values())[1:]
     names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(theirs.forward)
     def forward(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if len(args) > 1 and names:  # in PEFT's order, which is not always the model's
-            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+            named = dict(zip(names, args, strict=False))
+            if len(named) < len(args) or named.keys() & kwargs.keys():
+                signature.bind(self, *args, **kwargs)  # raises what Python says of such a call
+            args, kwargs = (), {**named, **kwargs}
         if adapter_names is None:
             if torch.compiler.is_compiling():
                 return self.base_model.model(*args, **kwargs)
@@ -123,7 +129,7 @@ class PeftModel(peft.PeftModel):
         """
         gate = self.base_model.gate
         with gate.changing():
-            if not gate.disabled:
+            if not gate.disabled and self.peft_config:
                 gate.enabling.enter_context(super().disable_adapter())
             gate.disabled += 1
         try:
@@ -137,11 +143,10 @@ class PeftModel(peft.PeftModel):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make this adapter the active one, or these, whose vectors then multiply; PEFT's method."""
         names = self.base_model.check_known(adapter_name)
-        if len(names) == 1:
-            super().set_adapter(names[0], inference_mode)
-        else:
-            self.base_model.set_adapter(names, inference_mode)
-            self.active_adapter = names[0]
+        if not names:
+            raise IA3Error("set_adapter got no name; name an adapter, or run the base model in disable_adapter().")
+        self.base_model.set_adapter(names if len(names) > 1 else names[0], inference_mode)
+        self.active_adapter = names[0]
 
     @classmethod
     def from_pretrained(
@@ -169,7 +174,9 @@ class PeftModel(peft.PeftModel):
             mapping = check_file(model, folder, expected_tensors(plan), key_mapping)
             with all_or_nothing(model, adapter_name):
                 with injecting(model, plan, adapter_name), staying(model):
-                    result = peft.PeftModel.from_pretrained(
+                    # PEFT's own class of this one's task, for files that name none.
+                    theirs: Any = next(kind for kind in cls.__mro__ if kind.__module__.partition(".")[0] == "peft")
+                    result = theirs.from_pretrained(
                         model, str(folder), adapter_name, is_trainable, plan.exact_config(), *args,
                         key_mapping=mapping, **kwargs,
                     )  # fmt: skip
@@ -207,7 +214,8 @@ class PeftModel(peft.PeftModel):
                 plan = plan_adapter(base, config, strict=False)
                 expected = expected_tensors(plan)
             mapping = check_file(base, folder, expected, key_mapping)
-            with all_or_nothing(base, adapter_name):
+            added = None if plan is None else adapter_name
+            with kept(self.base_model.scaled_layers()), all_or_nothing(base, added):
                 if plan is not None:
                     self._add(adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype)
                 elif any(adapter_name in layer.merged_adapters for _, layer in self.base_model.scaled_layers()):
@@ -285,16 +293,6 @@ PeftModelForTokenClassification = _for_task(peft.PeftModelForTokenClassification
 PeftModelForQuestionAnswering = _for_task(peft.PeftModelForQuestionAnswering)
 PeftModelForFeatureExtraction = _for_task(peft.PeftModelForFeatureExtraction)
 
-_MODELS: dict[str | None, Any] = {
-    None: PeftModel,
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-}
-
 
 def _auto(model_class: Any) -> Any:
     """Return the class that loads a base model as well: PEFT's, for this class of models."""
@@ -337,7 +335,7 @@ def get_peft_model(
     config = IA3Config.of(peft_config)
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
     config.revision = revision or config.revision
-    made = _MODELS[None if config.task_type is None else config.task_type.value]
+    made = accelerated_class(MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel))
     return made(
         model,
         config,

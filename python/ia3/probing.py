@@ -64,11 +64,6 @@ def features(layer: Any) -> tuple[int, int] | None:
     return None
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Return whether ``layer`` is one that vectors can scale, and no convolution."""
-    return features(layer) is not None and not isinstance(layer, CONVOLUTIONS)
-
-
 def base_of(module: Any) -> nn.Module:
     """Return the layer inside of a scaled one, or the module itself."""
     base: nn.Module = module.base_layer if is_scaled(module) else module

@@ -34,6 +34,11 @@ def in_place_of(theirs: type) -> Any:
     return register
 
 
+def accelerated_class(theirs: type) -> Any:
+    """Return the class that objects of ``theirs`` get."""
+    return _CLASSES[theirs]
+
+
 def install(model: nn.Module) -> None:
     """Give PEFT's objects in ``model`` their accelerated classes, and patch what stands around them."""
     # From the inside out: a wrapper takes the mode, training or not, of what it wraps.
@@ -90,7 +95,8 @@ def give_back_classes(model: nn.Module) -> None:
         theirs = originals.get(type(module))
         if theirs is not None:
             module.__class__ = theirs
-            module.__dict__.pop("_running", None)
+            for name in ("_running", "_sites", "bank"):
+                module.__dict__.pop(name, None)
 
 
 @contextmanager

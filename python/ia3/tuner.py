@@ -14,9 +14,10 @@ from torch import nn
 from . import experts, fused
 from .errors import IA3Error
 from .gate import Gate
-from .layers import ScaledLayer
+from .layers import ScaledLayer, vectors_of
+from .matching import ALL_LINEAR
 from .merging import model as merging
-from .merging.layer import forget, restore
+from .merging.layer import forget
 from .planning import plan_adapter
 from .probing import carriers, is_scaled
 from .serving.mixed import MixedBatch, Sites, check_batch, generation_repeats, survey
@@ -48,14 +49,16 @@ class IA3Model(peft_tuner.IA3Model):
 
     def check_known(self, adapter_names: str | Sequence[str]) -> list[str]:
         """Return the names as a list; raises :class:`IA3Error` for one that the model lacks."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+            raise IA3Error(f"the adapter's name is {adapter_names!r:.200}; expected a name, or a list of names.")
         for name in names:
             if name not in self.peft_config:
                 raise IA3Error(
                     f"there is no adapter {name!r}; the model has {', '.join(self.peft_config) or 'none'}: correct the "
                     "name, or load it with load_adapter."
                 )
-        return names
+        return list(names)
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         name = args[0] if args else kwargs["adapter_name"]
@@ -75,9 +78,10 @@ class IA3Model(peft_tuner.IA3Model):
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        for _, layer in self.scaled_layers():
-            layer.note_running()
+        if was_active and self.active_adapters:  # of which each layer has chosen one for itself
+            self.set_adapter(self.active_adapters, self.peft_config[self.active_adapters[0]].inference_mode)
         self._sites = None
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -92,25 +96,39 @@ class IA3Model(peft_tuner.IA3Model):
                 f"adapters has {len(names)} names and weights has {len(weights)} numbers; expected one weight for each "
                 "of at least one adapter: correct the lists."
             )
-        first = self.peft_config[names[0]]
-        configs = [self.peft_config[name] for name in names]
-        parameters = {entry for config in configs for entry in getattr(config, "target_parameters", None) or ()}
-        if parameters:  # PEFT joins the names of modules only
-            self.peft_config[names[0]] = dataclasses.replace(first, target_parameters=sorted(parameters))
+        before = dict(self.peft_config)
+        parameters = {entry for name in names for entry in getattr(before[name], "target_parameters", None) or ()}
+        for name in names:  # PEFT joins lists of modules' names
+            config = self.peft_config[name]
+            if config.target_modules == ALL_LINEAR:
+                paths = {path for path, layer in self.scaled_layers() if name in layer.ia3_l}
+                config = dataclasses.replace(config, target_modules=paths)
+            if parameters:
+                config = dataclasses.replace(config, target_parameters=sorted(parameters))
+            self.peft_config[name] = config
         try:
             super().add_weighted_adapter(names, list(weights), adapter_name)
-        finally:
-            self.peft_config[names[0]] = first
-        with torch.no_grad():
-            for _, carrier in carriers(self.model):
-                if not is_scaled(carrier):
-                    owner = next((name for name in names if name in carrier.modules_to_save), None)
-                    if owner is not None and adapter_name in carrier.modules_to_save:
-                        state = carrier.modules_to_save[owner].state_dict()
-                        carrier.modules_to_save[adapter_name].load_state_dict(state)
-                elif adapter_name in carrier.ia3_l:
-                    missing = (w for name, w in zip(names, weights, strict=True) if name not in carrier.ia3_l)
-                    carrier.ia3_l[adapter_name].add_(sum(missing))
+            self.peft_config.update(before)
+            self._settle_sum(names, weights, adapter_name)
+        except BaseException:
+            self.peft_config.update(before)
+            if adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+
+    @torch.no_grad()
+    def _settle_sum(self, names: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Write what PEFT's sum leaves out: missing vectors, vectors as they act, and modules that are saved whole."""
+        for _, carrier in carriers(self.model):
+            if not is_scaled(carrier):
+                owner = next((name for name in names if name in carrier.modules_to_save), None)
+                if owner is not None and adapter_name in carrier.modules_to_save:
+                    state = carrier.modules_to_save[owner].state_dict()
+                    carrier.modules_to_save[adapter_name].load_state_dict(state)
+            elif adapter_name in carrier.ia3_l:
+                acting = (next(iter(vectors_of(carrier, [name])), 1.0) for name in names)
+                total = sum(weight * vector for weight, vector in zip(weights, acting, strict=True))
+                carrier.ia3_l[adapter_name].copy_(total)
 
     # --- merging
 
@@ -186,20 +204,15 @@ class IA3Model(peft_tuner.IA3Model):
         names = None if adapter_names is None else self.check_known(adapter_names)
         with self.gate.merging():
             layers = self.scaled_layers()
-            before = [(layer, layer._merge_state) for _, layer in layers]
-            try:
+            with merging.kept(layers):
                 merging.merge_for_good(self.model, layers, names, safe_merge, progressbar, requantize)
                 model = self._unload_and_optionally_merge(adapter_names=adapter_names)
-            except BaseException:
-                for layer, state in reversed(before):
-                    restore(layer, state)
-                raise
             for _, layer in layers:
                 forget(layer)
         return model
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        with all_or_nothing(self.model):
+        with self.gate.merging(), all_or_nothing(self.model):
             uninstall(self.model)
             experts.unwrap(self.model)
             # PEFT's IA3 refuses quantized models even where nothing is to be merged; its base class does the rest.
@@ -253,7 +266,8 @@ class IA3Model(peft_tuner.IA3Model):
             :func:`~ia3.serving.continuous.generate_batch` for the arguments that it takes then.
         """
         if adapter_names is None:
-            return self.model.generate_batch(inputs, *args, **kwargs)
+            with self.gate.reading():
+                return self.model.generate_batch(inputs, *args, **kwargs)
         from .serving.continuous import generate_batch  # what it imports is large, and few need it
 
         return generate_batch(self, inputs, adapter_names, *args, **kwargs)

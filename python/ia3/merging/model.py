@@ -169,6 +169,18 @@ def _all_or_none() -> Iterator[Callable[[Any, MergeState | None], None]]:
         raise
 
 
+@contextlib.contextmanager
+def kept(layers: Iterable[NamedLayer]) -> Iterator[None]:
+    """Let the layers' weights hold again what they do now, if the block raises."""
+    before = [(layer, layer._merge_state) for _, layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, state in reversed(before):
+            restore(layer, state)
+        raise
+
+
 def _apply(
     model: nn.Module,
     changes: Sequence[_Change],

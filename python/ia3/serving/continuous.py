@@ -48,7 +48,9 @@ def generate_batch(
         )
     config = copy.deepcopy(continuous_batching_config) or ContinuousBatchingConfig()
     config.allow_block_sharing = False
-    source = open_source(tuner, names)
+    with tuner.gate.reading():
+        source = open_source(tuner, names)
+        tuner.gate.routes.add(source)
     try:
         rows = source.rows(names)
         manager = model.init_continuous_batching(generation_config, config)
@@ -65,6 +67,7 @@ def generate_batch(
                 manager.stop(block=True, hard_stop=True)
                 manager.destroy()
     finally:
+        tuner.gate.routes.discard(source)
         source.close()
 
 

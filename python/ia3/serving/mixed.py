@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from ..errors import IA3Error
 from ..experts import ExpertsMatrix
 from ..layers import ScaledLayer, vectors_of
+from ..probing import model_type
 from .routing import BASE, RowRouting
 
 BASE_NAME = "__base__"  # PEFT's name for no adapter
+# Model types some of whose layers see [positions, sequences, n].
+_POSITIONS_FIRST = frozenset({"xlnet", "fsmt", "longformer", "led"})
 # Arguments whose first dimension is the batch, in the order in which they tell its size.
 _BATCHED = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values", "encoder_outputs")
 
@@ -165,13 +168,10 @@ def unknown_name(name: str, known: Iterable[str], place: str) -> IA3Error:
     )
 
 
-def check_batch(adapter_names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], repeats: int = 1) -> None:
-    """Raise :class:`IA3Error` unless there is one name for each sequence that a call's arguments hold.
-
-    repeats: how many copies of each sequence may stand next to each other.
-    """
+def check_batch(adapter_names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise :class:`IA3Error` unless there is one name for each sequence that a call's arguments hold."""
     size = _batch_size(args, kwargs)
-    if size is not None and size not in (len(adapter_names), repeats * len(adapter_names)):
+    if size is not None and size != len(adapter_names):
         raise IA3Error(
             f"adapter_names has {len(adapter_names)} name{'s' if len(adapter_names) > 1 else ''}, and the batch has "
             f"{size} sequence{'s' if size > 1 else ''}; pass one name for each, {BASE_NAME!r} for none."
@@ -207,6 +207,12 @@ def generation_repeats(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 def _check_state(tuner: Any, sites: Sites) -> None:
     """Raise :class:`IA3Error` where rows cannot run with adapters of their own."""
     layer: Any
+    kind = model_type(tuner.model)
+    if kind in _POSITIONS_FIRST:
+        raise IA3Error(
+            f"adapter_names was given, but a model of type {kind!r} has positions before sequences inside, so that a "
+            "sequence's rows cannot be told; run one batch for each adapter."
+        )
     for path, layer in sites.layers:
         if layer.merged_adapters:
             raise IA3Error(
@@ -262,17 +268,14 @@ def open_source(tuner: Any, names: Sequence[str]) -> Source:
         raise IA3Error(f"{both[0]!r} is an adapter of the model and one of its bank; rename or unload one of them.")
     if not in_bank and in_model:
         return _OwnAdapters(sites, list(own), wanted)
-    if in_model and torch.is_grad_enabled() and any(_is_trained(sites, name) for name in in_model):
+    vectors = (vector for _, layer in sites.layers for vector in vectors_of(layer, in_model))
+    if torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors):
         raise IA3Error(
             f"{in_bank[0]!r} is in the bank and {in_model[0]!r} is an adapter of the model that is trained, and "
             "gradients do not reach it beside a bank's; run the batch under torch.no_grad(), or without the bank's."
         )
     source: Source = bank.lease(sites)
     return source
-
-
-def _is_trained(sites: Sites, name: str) -> bool:
-    return any(vector.requires_grad for _, layer in sites.layers for vector in vectors_of(layer, [name]))
 
 
 class _OwnAdapters:
@@ -284,9 +287,6 @@ class _OwnAdapters:
 
     def __init__(self, sites: Sites, adapters: list[str], wanted: Iterable[str]) -> None:
         self._rows = {BASE_NAME: BASE, **{name: row for row, name in enumerate(adapters)}}
-        for name in wanted:
-            if name not in self._rows:
-                raise unknown_name(name, adapters, "the model")
         self.scales: Mapping[nn.Module, Tensor | None] = {
             layer: _stacked(layer, adapters, set(wanted)) for _, layer in sites.layers
         }

@@ -57,13 +57,17 @@ class _File:
     def write(cls, folder: Path, vectors: Tensor) -> _File:
         """Write the vectors to a new file of a random name."""
         content = vectors.numpy().tobytes()
-        descriptor, name = tempfile.mkstemp(dir=folder)
+        name = ""
         try:
+            descriptor, name = tempfile.mkstemp(dir=folder)
             with open(descriptor, "wb") as file:
                 file.write(content)
         except OSError as error:
-            os.unlink(name)
-            raise IA3Error(f"cannot write an evicted adapter to {name}: {error.strerror}; free some space.") from error
+            if name:
+                os.unlink(name)
+            raise IA3Error(
+                f"cannot write an evicted adapter into {folder}: {error.strerror}; free some space, or make a new bank."
+            ) from error
         return cls(Path(name), len(content), hashlib.sha256(content).digest())
 
     def read(self) -> Tensor:
@@ -94,15 +98,15 @@ class Adapter:
 class Slots:
     """As many rows as ``capacity`` in each of ``matrices``, and the adapters that have them.
 
-    folder, host_limit: where evicted adapters go; see :class:`~ia3.bank.AdapterBank`.
+    host_limit, folder: where evicted adapters go; see :class:`~ia3.bank.AdapterBank`.
     """
 
-    def __init__(self, capacity: int, folder: Path | None, host_limit: int | None) -> None:
+    def __init__(self, capacity: int, host_limit: int | None) -> None:
         self.capacity = capacity
+        self.folder: Path | None = None
         self.matrices: list[Tensor] = []  # fp32 [capacity, n], one for each layer
         self.hits = self.misses = self.evictions = 0
-        self._folder, self._host_limit = folder, host_limit
-        self._host_bytes = 0
+        self._host_limit, self._host_bytes = host_limit, 0
         self._queue: OrderedDict[Adapter, None] = OrderedDict()  # those with a slot, least recently used first
         self._free: list[int] = []  # of those that were used
         self._unused = 0  # the first of those that never were
@@ -113,20 +117,25 @@ class Slots:
         """Return how many entries an adapter's vectors have, all layers' together."""
         return sum(matrix.shape[1] for matrix in self.matrices)
 
-    def enter(self, adapter: Adapter, vectors: Tensor) -> None:
-        """Give an adapter a slot with these vectors in it, the last to be evicted. Raises :class:`IA3Error`."""
-        if not self._free and self._unused < self.capacity:
-            self._free.append(self._unused)
-            self._unused += 1
-        if not self._free:
-            self._evict()
-        slot = self._free.pop()
+    def enter(self, adapter: Adapter, vectors: Tensor, old: Adapter | None = None) -> None:
+        """Give an adapter a slot with these vectors in it, the last to be evicted. Raises :class:`IA3Error`.
+
+        old: whose vectors outside are not needed any more; that one may go there whose slot it gets.
+        """
+        outside = None if old is None else old.vectors
+        if old is not None:
+            self._drop_vectors(old)
         try:
-            self._write(slot, vectors)
+            slot = self._free_slot()
+            try:
+                self._write(slot, vectors)
+            except BaseException:
+                self._free.append(slot)
+                raise
         except BaseException:
-            self._free.append(slot)
+            if old is not None and outside is not None:
+                self._keep_vectors(old, outside)
             raise
-        self._drop_vectors(adapter)
         adapter.slot = slot
         self._queue[adapter] = None
 
@@ -138,7 +147,7 @@ class Slots:
             return
         vectors = adapter.vectors if adapter.file is None else adapter.file.read()
         assert vectors is not None
-        self.enter(adapter, vectors)
+        self.enter(adapter, vectors, adapter)
         self.misses += 1
 
     def release(self, adapter: Adapter) -> None:
@@ -159,6 +168,14 @@ class Slots:
             with suppress(OSError):  # somebody else's doing
                 adapter.file.path.unlink()
 
+    def _free_slot(self) -> int:
+        if not self._free and self._unused < self.capacity:
+            self._free.append(self._unused)
+            self._unused += 1
+        if not self._free:
+            self._evict()
+        return self._free.pop()
+
     def _leave(self, adapter: Adapter) -> None:
         assert adapter.slot is not None
         self._free.append(adapter.slot)
@@ -176,19 +193,22 @@ class Slots:
             )
         if adapter.file is None:
             vectors = torch.cat([matrix[adapter.slot].cpu() for matrix in self.matrices])
-            if self._folder is None:
+            if self.folder is None:
+                self._check_host_limit(vectors)
                 self._keep_vectors(adapter, vectors)
             else:
-                adapter.file = _File.write(self._folder, vectors)
+                adapter.file = _File.write(self.folder, vectors)
         self._leave(adapter)
         self.evictions += 1
 
-    def _keep_vectors(self, adapter: Adapter, vectors: Tensor) -> None:
+    def _check_host_limit(self, vectors: Tensor) -> None:
         if self._host_limit is not None and self._host_bytes + vectors.nbytes > self._host_limit:
             raise IA3Error(
                 f"evicted adapters take {self._host_bytes} bytes of host memory, and {vectors.nbytes} more are above "
                 f"host_limit, {self._host_limit}; unload some, or give the bank a folder."
             )
+
+    def _keep_vectors(self, adapter: Adapter, vectors: Tensor) -> None:
         adapter.vectors = vectors
         self._host_bytes += vectors.nbytes
 
