@@ -24,7 +24,7 @@ from . import autograd as _autograd  # registers the gradients where there is no
 from . import backends, formulas, reference, target
 from .backends import Choice, explain
 from .exact import Residual, merge_, stays_finite, swap_, unmerge_
-from .schemas import ACTIVATIONS, check_out
+from .schemas import ACTIVATIONS, check_given, check_out
 
 del _autograd
 
@@ -118,6 +118,7 @@ def gated_activation(
         IndexError: an adapter index is outside ``-1 .. A-1``.
     """
     if out is not None:
+        check_given("gated_activation", "up", up)
         return _activation_into(out, gate, up, scale, activation, adapter_index)
     if torch.compiler.is_compiling():
         if formulas.applies("gated_activation", gate):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import target
+from .reference import flat
 from .schemas import LIBRARY, index_of, refuse_tangents
 
 ops: Any = torch.ops.ia3
@@ -105,9 +106,9 @@ class _ScaledLinear(torch.autograd.Function):
             grad_x = ops.scaled_linear(dz, weight.t(), None, None, input_scale, input_index)
         if needs_weight:
             rows = x if input_scale is None else ops.scaled_activation(x, input_scale, "identity", input_index)
-            grad_weight = dz.reshape(-1, dz.shape[-1]).t() @ rows.reshape(-1, rows.shape[-1])
+            grad_weight = flat(dz).t() @ flat(rows)
         if needs_bias:
-            grad_bias = dz.reshape(-1, dz.shape[-1]).sum(0)
+            grad_bias = flat(dz).sum(0)
         return grad_x, grad_weight, grad_bias, grad_input_scale, grad_output_scale, None
 
 
@@ -174,7 +175,7 @@ def _mlp(
     up_weight: Tensor,
     down_weight: Tensor,
     scale: Tensor | None = None,
-    activation: str = "silu",
+    activation: str = "gelu",
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,22 +17,7 @@ from .routes import Product, Route
 from .schemas import index_of
 
 
-class Pass(Protocol):
-    """act(gate) ∘ up ∘ scale into ``out``, as the backends' kernels for the activation compute it."""
-
-    def __call__(
-        self,
-        gate: Tensor,
-        up: Tensor | None,
-        scale: Tensor | None,
-        activation: str,
-        adapter_index: Tensor | None,
-        out: Tensor | None = None,
-    ) -> Tensor: ...
-
-
 def library(
-    scale_rows: Pass,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -45,16 +29,17 @@ def library(
 
     The product is rounded before it is scaled, as the eager formula does; the pass itself rounds once.
     """
+    from .triton import activation  # Triton may be missing where other routes run
+
     if input_scale is not None:
-        x = scale_rows(x, None, input_scale, "identity", index_of(input_scale, adapter_index))
+        x = activation.forward(x, None, input_scale, "identity", index_of(input_scale, adapter_index))
     y = torch.nn.functional.linear(x, weight, bias)
     if output_scale is not None:
-        scale_rows(y, None, output_scale, "identity", index_of(output_scale, adapter_index), out=y)
+        activation.forward(y, None, output_scale, "identity", index_of(output_scale, adapter_index), out=y)
     return y
 
 
 def scaled_linear(
-    scale_rows: Pass,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -68,7 +53,7 @@ def scaled_linear(
         product = product_of(x, weight, "input" if output_scale is None else "output")
         if _route(x.device.index, product, adapter_index is not None).name == "triton":
             return by_triton(x, weight, bias, input_scale, output_scale, adapter_index)
-    return library(scale_rows, x, weight, bias, input_scale, output_scale, adapter_index)
+    return library(x, weight, bias, input_scale, output_scale, adapter_index)
 
 
 def product_of(x: Tensor, weight: Tensor, side: str) -> Product:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,30 +46,57 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class _Gather(torch.autograd.Function):
+    """The scale of each row, ``[A, n]`` -> ``[*, n]``: ones for -1, NaN for an index outside of the matrix.
+
+    Its gradient is a matmul with the rows' choices: the one of an indexed read adds atomically, in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, adapter_index: Tensor) -> Tensor:
+        adapters = scale.shape[0]
+        ctx.adapters = adapters
+        ctx.save_for_backward(adapter_index)
+        beside = scale.new_tensor([[1.0], [float("nan")]]).expand(2, scale.shape[1])
+        is_known = (adapter_index >= 0) & (adapter_index < adapters)
+        unknown = torch.where(adapter_index == -1, adapters, adapters + 1)
+        row = torch.where(is_known, adapter_index, unknown).reshape(-1)
+        return torch.cat([scale, beside]).index_select(0, row).view(*adapter_index.shape, scale.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (adapter_index,) = ctx.saved_tensors
+        return _sum_by_adapter(flat(grad), adapter_index, ctx.adapters), None
+
+
 def _rows_of_scale(scale: Tensor, adapter_index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the scale as it multiplies the rows: ``[n]``, or gathered to ``[*, n]`` with ones for no adapter."""
     scale, adapter_index = scale.to(dtype), index_of(scale, adapter_index)
     if adapter_index is None:
         return scale.reshape(-1)
-    adapters = scale.shape[0]
     # An async assert cannot be a sentence, so the bounds are only read on the host where that costs no synchronization.
-    check_bounds(adapter_index, adapters)
-    ones = scale.new_ones(1, scale.shape[1])
-    return (
-        torch.cat([scale, ones])
-        .index_select(0, adapter_index.reshape(-1).long() % (adapters + 1))
-        .view(*adapter_index.shape, scale.shape[1])
-    )
+    if not torch.compiler.is_compiling():
+        check_bounds(adapter_index, scale.shape[0])
+    return _Gather.apply(scale, adapter_index)  # type: ignore[no-any-return]
+
+
+def _sum_by_adapter(rows: Tensor, adapter_index: Tensor, adapters: int) -> Tensor:
+    """Sum rows ``[rows, n]`` to ``[A, n]``: by a one-hot matmul, without atomics, so the same bits in every run."""
+    chosen = adapter_index.reshape(-1, 1) == torch.arange(adapters, device=rows.device, dtype=torch.int32)
+    return chosen.to(rows.dtype).t() @ rows
+
+
+def flat(x: Tensor) -> Tensor:
+    """Return ``[*, n]`` as ``[rows, n]``, also where n is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _reduce_scale_gradient(product: Tensor, scale: Tensor, adapter_index: Tensor | None) -> Tensor:
     """Sum ``product [*, n]`` over the rows that used each scale; ``[n]`` or ``[A, n]`` in the scale's dtype."""
-    rows = product.reshape(math.prod(product.shape[:-1]), product.shape[-1])
+    rows = flat(product)
     if adapter_index is None:
         return rows.sum(0).to(scale.dtype).view(scale.shape)
-    # A one-hot matmul instead of index_add: no atomics, so the same bits on every device and run.
-    chosen = adapter_index.reshape(-1, 1) == torch.arange(scale.shape[0], device=scale.device, dtype=torch.int32)
-    return (chosen.to(rows.dtype).t() @ rows).to(scale.dtype)
+    return _sum_by_adapter(rows, adapter_index, scale.shape[0]).to(scale.dtype)
 
 
 # --- forward -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ SCHEMAS = {
     # gate_scale, up_scale [H]: what the block's input is multiplied by on its way into gate and up.
     "gated_mlp": "(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight, Tensor? scale=None, "
     'str activation="silu", Tensor? gate_scale=None, Tensor? up_scale=None) -> Tensor',
-    "mlp": '(Tensor x, Tensor up_weight, Tensor down_weight, Tensor? scale=None, str activation="silu", '
+    "mlp": '(Tensor x, Tensor up_weight, Tensor down_weight, Tensor? scale=None, str activation="gelu", '
     "Tensor? up_bias=None, Tensor? down_bias=None) -> Tensor",
     "scale_weight_": "(Tensor(a!) weight, Tensor scale, int dim) -> ()",
     # Scaling that can be undone. The weight is a matrix as it lies in memory, [rows, cols] with adjacent columns, and
@@ -81,12 +81,13 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _check_given(op: str, name: str, tensor: object) -> None:
+def check_given(op: str, name: str, tensor: object) -> None:
+    """Raise a sentence unless an argument is a tensor."""
     _check(isinstance(tensor, Tensor), lambda: f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor.")
 
 
 def _check_dtype(op: str, name: str, tensor: Tensor) -> None:
-    _check_given(op, name, tensor)
+    check_given(op, name, tensor)
     _check(
         tensor.dtype in DTYPES,
         lambda: f"{op}: {name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}.",
@@ -94,7 +95,7 @@ def _check_dtype(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_same(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    _check_given(op, name, tensor)
+    check_given(op, name, tensor)
     _check(
         tensor.dtype == like.dtype,
         lambda: f"{op}: {name} has dtype {tensor.dtype}, but {like_name} has {like.dtype}; convert one of them.",
@@ -176,7 +177,7 @@ def check_scaled_linear(
     """Raise a sentence unless the arguments of ``scaled_linear`` fit together."""
     op = "scaled_linear"
     _check_dtype(op, "x", x)
-    _check_given(op, "weight", weight)
+    check_given(op, "weight", weight)
     _check(weight.dim() == 2, lambda: f"{op}: weight has shape {_shape(weight)}; expected [out, in].")
     _check_same(op, "weight", weight, "x", x)
     _check(
@@ -206,7 +207,7 @@ def check_activation(
     _check(x.dim() >= 1, lambda: f"{op}: {name} has no dimensions; expected at least one.")
     _check_activation(op, activation)
     if op.startswith("gated"):
-        _check_given(op, "up", up)
+        check_given(op, "up", up)
     if up is not None:
         _check(
             up.shape == x.shape,
@@ -244,14 +245,14 @@ def check_scale_pair(x: Tensor, first: Tensor, second: Tensor) -> None:
     _check_dtype(op, "x", x)
     _check(x.dim() >= 1, lambda: f"{op}: x has no dimensions; expected at least one.")
     for name, scale in (("first", first), ("second", second)):
-        _check_given(op, name, scale)
+        check_given(op, name, scale)
         _check_scale(op, name, scale, x.shape[-1], x, None)
 
 
 def check_out(op: str, out: Tensor, like: Tensor, *others: Tensor | None) -> None:
     """Raise a sentence unless a result can be written into ``out``, computed from ``like`` and others."""
     for name, tensor in (("out", out), ("the input", like)):
-        _check_given(op, name, tensor)
+        check_given(op, name, tensor)
     refuse_tangents(op, out, like, *others)
     _check(
         out.shape == like.shape and out.dtype == like.dtype and out.device == like.device and out.is_contiguous(),
@@ -261,7 +262,7 @@ def check_out(op: str, out: Tensor, like: Tensor, *others: Tensor | None) -> Non
         ),
     )
     _check(
-        not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (out, like, *others)),
+        not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in (out, like, *others)),
         lambda: f"{op}: out is given where a gradient is recorded; call it under torch.no_grad(), or without out.",
     )
 
@@ -290,7 +291,7 @@ def check_dim(op: str, weight: Tensor, dim: int) -> None:
 def check_weight_scale(op: str, name: str, scale: Tensor, weight: Tensor, dim: int, groups: int = 1) -> None:
     """Raise a sentence unless a scale is a vector of what a weight has along ``dim``, in each of its groups."""
     size = weight.shape[dim]
-    _check_given(op, name, scale)
+    check_given(op, name, scale)
     _check(scale.is_floating_point(), lambda: f"{op}: {name} has dtype {scale.dtype}; expected a floating-point dtype.")
     _check(
         scale.device == weight.device,
@@ -319,11 +320,6 @@ def refuse_tangents(op: str, *args: object) -> None:
 def index_of(scale: Tensor | None, adapter_index: Tensor | None) -> Tensor | None:
     """Return the index of a scale ``[A, n]``; None for a vector, which every row shares."""
     return None if scale is None or scale.dim() == 1 else adapter_index
-
-
-def as_vector(scale: Tensor | None, adapter_index: Tensor | None = None) -> Tensor | None:
-    """Return a scale that all rows share as ``[n]``, whether it came so or as PEFT stores it."""
-    return scale if scale is None or scale.dim() == 1 or adapter_index is not None else scale.reshape(-1)
 
 
 def pattern_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -452,7 +448,7 @@ def _fake(op: str, *args: Any) -> Any:
             up = _fake("scaled_linear", x, up_weight, None, up_scale)
             return _fake("scaled_linear", _fake("gated_activation", gate, up, scale, activation), down_weight)
         case "mlp", [x, up_weight, down_weight, *rest]:
-            scale, activation, up_bias, down_bias = _filled(rest, None, "silu", None, None)
+            scale, activation, up_bias, down_bias = _filled(rest, None, "gelu", None, None)
             up = _fake("scaled_linear", x, up_weight, up_bias)
             return _fake("scaled_linear", _fake("scaled_activation", up, scale, activation), down_weight, down_bias)
         case "gated_activation" | "scaled_activation", [x, *_]:

@@ -90,9 +90,7 @@ def _library(x: Tensor, weight: Tensor, scales: Scales) -> Callable[[], Tensor]:
     if target.cuda_problem() is None:
         native: Any = target.native_library()
         return lambda: native.cuda.scaled_linear(x, weight, *scales, -1)
-    from .triton import activation
-
-    return lambda: matmul.library(activation.forward, x, weight, None, *scales)
+    return lambda: matmul.library(x, weight, None, *scales)
 
 
 def _candidates(

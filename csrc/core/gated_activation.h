@@ -64,11 +64,11 @@ void gated_activation_bwd_kernel(const ActivationGradArgs& args, const int64_t* 
   }
 }
 
-// Calls visitor.template operator()<T, Act, kGated>() for the runtime choice.
+// Calls visitor.template operator()<Act, kGated>() for the runtime choice.
 template <typename T, template <Precision> class Act, typename Visitor>
 void visit_gated(bool gated, Visitor visitor) {
-  if (gated) return visitor.template operator()<T, Act<kPrecisionFor<T>>, true>();
-  return visitor.template operator()<T, Act<kPrecisionFor<T>>, false>();
+  if (gated) return visitor.template operator()<Act<kPrecisionFor<T>>, true>();
+  return visitor.template operator()<Act<kPrecisionFor<T>>, false>();
 }
 
 template <typename T, typename Visitor>
@@ -86,18 +86,6 @@ void visit_activation(Activation activation, bool gated, Visitor visitor) {
       return visit_gated<T, Relu2>(gated, visitor);
     case Activation::kIdentity:
       return visit_gated<T, Identity>(gated, visitor);
-  }
-}
-
-template <typename Visitor>
-void visit(DType dtype, Activation activation, bool gated, Visitor visitor) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return visit_activation<float>(activation, gated, visitor);
-    case DType::kBFloat16:
-      return visit_activation<BFloat16>(activation, gated, visitor);
-    case DType::kFloat16:
-      return visit_activation<Float16>(activation, gated, visitor);
   }
 }
 

@@ -14,39 +14,6 @@
 namespace ia3::IA3_ISA {
 namespace {
 
-struct ForwardVisitor {
-  const ActivationArgs& args;
-  int64_t row_begin, row_end, col_begin, col_end;
-  template <typename T, typename Act, bool kGated>
-  void operator()() {
-    gated_activation_fwd_kernel<T, Act, kGated>(args, row_begin, row_end, col_begin, col_end);
-  }
-};
-
-struct BackwardVisitor {
-  const ActivationGradArgs& args;
-  const int64_t* rows;
-  const float* scale;
-  float* partial;
-  float* lost;
-  int64_t row_begin, row_end, col_begin, col_end;
-  template <typename T, typename Act, bool kGated>
-  void operator()() {
-    gated_activation_bwd_kernel<T, Act, kGated>(args, rows, scale, partial, lost, row_begin, row_end, col_begin,
-                                                col_end);
-  }
-};
-
-void activation(const ActivationArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
-  visit(args.dtype, args.activation, args.up != nullptr, ForwardVisitor{args, row_begin, row_end, col_begin, col_end});
-}
-
-void activation_backward(const ActivationGradArgs& args, const int64_t* rows, const float* scale, float* partial,
-                         float* lost, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
-  visit(args.dtype, args.activation, args.up != nullptr,
-        BackwardVisitor{args, rows, scale, partial, lost, row_begin, row_end, col_begin, col_end});
-}
-
 // Calls function(pointer of the element type) for the runtime dtype.
 template <typename Function>
 void with_type(DType dtype, Function function) {
@@ -58,6 +25,24 @@ void with_type(DType dtype, Function function) {
     case DType::kFloat16:
       return function(static_cast<Float16*>(nullptr));
   }
+}
+
+void activation(const ActivationArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
+  with_type(args.dtype, [&]<typename T>(T*) {
+    visit_activation<T>(args.activation, args.up != nullptr, [&]<typename Act, bool kGated>() {
+      gated_activation_fwd_kernel<T, Act, kGated>(args, row_begin, row_end, col_begin, col_end);
+    });
+  });
+}
+
+void activation_backward(const ActivationGradArgs& args, const int64_t* rows, const float* scale, float* partial,
+                         float* lost, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
+  with_type(args.dtype, [&]<typename T>(T*) {
+    visit_activation<T>(args.activation, args.up != nullptr, [&]<typename Act, bool kGated>() {
+      gated_activation_bwd_kernel<T, Act, kGated>(args, rows, scale, partial, lost, row_begin, row_end, col_begin,
+                                                  col_end);
+    });
+  });
 }
 
 void scale_pair(const ScalePairArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {

@@ -175,29 +175,18 @@ struct ScaledActivation : torch::autograd::Function<ScaledActivation> {
   }
 };
 
-at::Tensor record_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& input_scale, const OptionalTensor& output_scale,
-                         const OptionalTensor& adapter_index) {
-  if (any_recorded(x, weight, bias, input_scale, output_scale)) {
-    return ScaledLinear::apply(x, weight, bias, input_scale, output_scale, adapter_index);
+// An operator as a node where a gradient is asked for
+template <typename Node, auto kOperator>
+struct Record;
+
+template <typename Node, typename... Parameters, at::Tensor (*kOperator)(Parameters...)>
+struct Record<Node, kOperator> {
+  static at::Tensor run(Parameters... parameters) {
+    if (any_recorded(parameters...)) return Node::apply(parameters...);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return kOperator(parameters...);
   }
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call::scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index);
-}
-
-at::Tensor record_gated(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& scale,
-                        std::string_view activation, const OptionalTensor& adapter_index) {
-  if (any_recorded(gate, up, scale)) return GatedActivation::apply(gate, up, scale, activation, adapter_index);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call::gated_activation(gate, up, scale, activation, adapter_index);
-}
-
-at::Tensor record_scaled(const at::Tensor& x, const OptionalTensor& scale, std::string_view activation,
-                         const OptionalTensor& adapter_index) {
-  if (any_recorded(x, scale)) return ScaledActivation::apply(x, scale, activation, adapter_index);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call::scaled_activation(x, scale, activation, adapter_index);
-}
+};
 
 void write_weight(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
   TORCH_CHECK(!any_recorded(weight, scale),
@@ -229,9 +218,9 @@ at::Tensor autocast_linear(const at::Tensor& x, const at::Tensor& weight, const 
 
 void register_autograd(Registry& registry) {
   torch::Library& autograd = registry[c10::DispatchKey::Autograd];
-  autograd.impl("scaled_linear", record_linear);
-  autograd.impl("gated_activation", record_gated);
-  autograd.impl("scaled_activation", record_scaled);
+  autograd.impl("scaled_linear", Record<ScaledLinear, call::scaled_linear>::run);
+  autograd.impl("gated_activation", Record<GatedActivation, call::gated_activation>::run);
+  autograd.impl("scaled_activation", Record<ScaledActivation, call::scaled_activation>::run);
   autograd.impl("scale_weight_", write_weight);
   for (const char* op : {"scaled_linear_product", "scale_pair", "gated_activation_backward",
                          "scaled_activation_backward", "scale_pair_backward"}) {

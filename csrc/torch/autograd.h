@@ -29,10 +29,12 @@ inline bool is_recorded(const at::Tensor& tensor) {
 }
 inline bool is_recorded(const OptionalTensor& tensor) { return tensor && is_recorded(*tensor); }
 
-// Whether a call on these tensors has to make a node
-template <typename... Tensors>
-bool any_recorded(const Tensors&... tensors) {
-  return (is_recorded(tensors) || ...);
+inline bool is_recorded(std::string_view) { return false; }
+
+// Whether a call on these tensors has to make a node. Each is asked, as each is refused with a tangent.
+template <typename... Arguments>
+bool any_recorded(const Arguments&... arguments) {
+  return (int(is_recorded(arguments)) | ...) != 0;
 }
 
 // As for `linear`: the matmul's operands take autocast's dtype. Scales keep theirs; arithmetic on them is fp32.

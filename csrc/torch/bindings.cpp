@@ -70,6 +70,18 @@ class Arguments {
     return value;
   }
 
+  template <typename T>
+  T get(Py_ssize_t i) {
+    if constexpr (std::is_same_v<T, at::Tensor>)
+      return tensor(i);
+    else if constexpr (std::is_same_v<T, OptionalTensor>)
+      return optional(i);
+    else if constexpr (std::is_same_v<T, std::string_view>)
+      return word(i);
+    else
+      return integer(i);
+  }
+
   bool plain() const { return plain_; }
 
   // Whether the dispatcher would come straight to a CPU's or GPU's kernel: nothing listens, and nothing is lazy
@@ -106,67 +118,26 @@ PyObject* run(const Arguments& arguments, Function function) {
   return THPVariable_Wrap(std::move(result));
 }
 
-PyObject* fast_scaled_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Arguments args(values, count);
-  const at::Tensor &x = args.tensor(0), &weight = args.tensor(1);
-  const OptionalTensor bias = args.optional(2), input_scale = args.optional(3), output_scale = args.optional(4),
-                       adapter_index = args.optional(5);
-  return run(args, [&] { return call::scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index); });
-  END_HANDLE_TH_ERRORS
-}
+// The way from Python into one of call::, whose parameters say how its arguments are unpacked
+template <auto kOperator>
+struct Fast;
 
-PyObject* fast_gated_activation(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Arguments args(values, count);
-  const at::Tensor &gate = args.tensor(0), &up = args.tensor(1);
-  const OptionalTensor scale = args.optional(2), adapter_index = args.optional(4);
-  const std::string_view activation = args.word(3);
-  return run(args, [&] { return call::gated_activation(gate, up, scale, activation, adapter_index); });
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* fast_scaled_activation(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Arguments args(values, count);
-  const at::Tensor& x = args.tensor(0);
-  const OptionalTensor scale = args.optional(1), adapter_index = args.optional(3);
-  const std::string_view activation = args.word(2);
-  return run(args, [&] { return call::scaled_activation(x, scale, activation, adapter_index); });
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* fast_gated_mlp(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Arguments args(values, count);
-  const at::Tensor &x = args.tensor(0), &gate = args.tensor(1), &up = args.tensor(2), &down = args.tensor(3);
-  const OptionalTensor scale = args.optional(4), gate_scale = args.optional(6), up_scale = args.optional(7);
-  const std::string_view activation = args.word(5);
-  return run(args, [&] { return call::gated_mlp(x, gate, up, down, scale, activation, gate_scale, up_scale); });
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* fast_mlp(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Arguments args(values, count);
-  const at::Tensor &x = args.tensor(0), &up = args.tensor(1), &down = args.tensor(2);
-  const OptionalTensor scale = args.optional(3), up_bias = args.optional(5), down_bias = args.optional(6);
-  const std::string_view activation = args.word(4);
-  return run(args, [&] { return call::mlp(x, up, down, scale, activation, up_bias, down_bias); });
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* fast_scale_weight_(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Arguments args(values, count);
-  const at::Tensor &weight = args.tensor(0), &scale = args.tensor(1);
-  const int64_t dim = args.integer(2);
-  return run(args, [&] {
-    call::scale_weight_(weight, scale, dim);
-    return weight;
-  });
-  END_HANDLE_TH_ERRORS
-}
+template <typename Result, typename... Parameters, Result (*kOperator)(Parameters...)>
+struct Fast<kOperator> {
+  static PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    Arguments args(values, count);
+    const auto unpacked = [&]<size_t... kPlaces>(std::index_sequence<kPlaces...>) {
+      return std::tuple<std::decay_t<Parameters>...>(args.get<std::decay_t<Parameters>>(kPlaces)...);
+    }(std::index_sequence_for<Parameters...>());
+    return run(args, [&] {
+      if constexpr (!std::is_void_v<Result>) return std::apply(kOperator, unpacked);
+      std::apply(kOperator, unpacked);
+      return std::get<0>(unpacked);  // of an operator that writes over its first argument
+    });
+    END_HANDLE_TH_ERRORS
+  }
+};
 
 // gated_activation or, with `up` None, scaled_activation into memory that the caller has; schemas.py has checked it.
 PyObject* fast_activation_into(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -194,10 +165,16 @@ PyObject* fast_activation_into(PyObject*, PyObject* const* values, Py_ssize_t co
 PyMethodDef* fast_functions() {
   // Not a const table: Python keeps the addresses.
   static PyMethodDef functions[] = {
-#define IA3_FAST(name) \
-  {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fast_##name)), METH_FASTCALL, nullptr}
-      IA3_FAST(activation_into), IA3_FAST(scaled_linear), IA3_FAST(gated_activation), IA3_FAST(scaled_activation),
-      IA3_FAST(gated_mlp),       IA3_FAST(mlp),           IA3_FAST(scale_weight_),    {nullptr, nullptr, 0, nullptr}};
+#define IA3_FAST(name, function) \
+  {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&function)), METH_FASTCALL, nullptr}
+      IA3_FAST("activation_into", fast_activation_into),
+      IA3_FAST("scaled_linear", Fast<call::scaled_linear>::call),
+      IA3_FAST("gated_activation", Fast<call::gated_activation>::call),
+      IA3_FAST("scaled_activation", Fast<call::scaled_activation>::call),
+      IA3_FAST("gated_mlp", Fast<call::gated_mlp>::call),
+      IA3_FAST("mlp", Fast<call::mlp>::call),
+      IA3_FAST("scale_weight_", Fast<call::scale_weight_>::call),
+      {nullptr, nullptr, 0, nullptr}};
 #undef IA3_FAST
   return functions;
 }

@@ -91,9 +91,8 @@ void check_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalT
 Activation check_activation(std::string_view op, const at::Tensor& gate, const OptionalTensor& up,
                             const OptionalTensor& scale, std::string_view activation,
                             const OptionalTensor& adapter_index, const at::Tensor& grad) {
-  static constexpr std::array<std::string_view, 6> kNames = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
-  const auto kind = std::find(kNames.begin(), kNames.end(), activation);
-  const bool fits = is_float(gate) && gate.dim() >= 1 && kind != kNames.end() &&
+  const auto kind = std::find(kActivationNames.begin(), kActivationNames.end(), activation);
+  const bool fits = is_float(gate) && gate.dim() >= 1 && kind != kActivationNames.end() &&
                     (!up || (is_like(*up, gate) && up->sizes() == gate.sizes())) &&
                     is_scale(scale, gate.size(-1), gate, adapter_index.has_value()) &&
                     is_index(adapter_index, gate, adapters_of(scale));
@@ -102,7 +101,7 @@ Activation check_activation(std::string_view op, const at::Tensor& gate, const O
     refuse("check_gradient", std::string(op), grad, gate);
   }
   check_bounds(adapter_index, adapters_of(scale));
-  return static_cast<Activation>(kind - kNames.begin());
+  return static_cast<Activation>(kind - kActivationNames.begin());
 }
 
 void check_scale_pair(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second,

@@ -18,11 +18,6 @@ namespace {
 // A function of ia3_kernels.backends. Hold the GIL.
 py::object function(const char* name) { return py::module_::import("ia3_kernels.backends").attr(name); }
 
-const char* name_of(Activation activation) {
-  constexpr const char* kNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
-  return kNames[int(activation)];
-}
-
 // Calls an operator of the Python backend that was chosen for the tensor's device and dtype.
 template <typename Result, typename... Args>
 Result run(const char* op, const at::Tensor& first, const Args&... args) {
@@ -32,7 +27,7 @@ Result run(const char* op, const at::Tensor& first, const Args&... args) {
 
 at::Tensor activation(const at::Tensor& gate, const OptionalTensor& up, const OptionalTensor& scale,
                       Activation activation, const OptionalTensor& index, const OptionalTensor& out) {
-  const char* const name = name_of(activation);
+  const std::string_view name = kActivationNames[size_t(activation)];
   const at::Tensor h = up ? run<at::Tensor>("gated_activation", gate, *up, scale, name, index)
                           : run<at::Tensor>("scaled_activation", gate, scale, name, index);
   return out ? out->copy_(h) : h;
@@ -41,7 +36,7 @@ at::Tensor activation(const at::Tensor& gate, const OptionalTensor& up, const Op
 Gradients activation_backward(const at::Tensor& grad, const at::Tensor& gate, const OptionalTensor& up,
                               const OptionalTensor& scale, Activation activation, const OptionalTensor& index,
                               std::array<bool, 3> mask) {
-  const char* const name = name_of(activation);
+  const std::string_view name = kActivationNames[size_t(activation)];
   if (up) return run<Gradients>("gated_activation_backward", grad, gate, *up, scale, name, index, mask);
   auto [grad_x, grad_scale] = run<std::tuple<at::Tensor, at::Tensor>>(
       "scaled_activation_backward", grad, gate, scale, name, index, std::array<bool, 2>{mask[0], mask[2]});
@@ -67,29 +62,18 @@ Gradients scale_pair_backward(const at::Tensor& grad_first, const at::Tensor& gr
 }
 
 void scale_weight_(const at::Tensor& weight, const at::Tensor& scale, int64_t dim) {
-  py::gil_scoped_acquire gil;
-  function("run")("scale_weight_", weight, scale, dim);
+  run<void>("scale_weight_", weight, scale, dim);
 }
 
 // --- choices ---
 
 // By device type and dtype; null where nobody has asked yet
-std::array<std::array<std::atomic<const Backend*>, 4>, 2> backends{};
+std::array<std::array<std::atomic<const Backend*>, size_t(at::ScalarType::NumOptions)>, 2> backends{};
 
 std::atomic<const Backend*>* place_of(const at::Tensor& x) {
   const auto type = x.device().type();
   if (type != c10::kCPU && type != c10::kCUDA) return nullptr;
-  auto& of_device = backends[type == c10::kCUDA];
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return &of_device[0];
-    case at::kBFloat16:
-      return &of_device[1];
-    case at::kHalf:
-      return &of_device[2];
-    default:
-      return &of_device[3];
-  }
+  return &backends[type == c10::kCUDA][size_t(x.scalar_type())];
 }
 
 // What a route depends on, and the program that Triton would compile for it: which tensors there are, of which types,

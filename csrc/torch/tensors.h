@@ -5,12 +5,17 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <chrono>
 #include <optional>
+#include <string_view>
 
 #include "../core/arguments.h"
 
 namespace ia3 {
+
+// By Activation
+constexpr std::array<std::string_view, 6> kActivationNames = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
 
 using OptionalTensor = std::optional<at::Tensor>;
 

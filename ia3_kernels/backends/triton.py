@@ -26,47 +26,27 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
-def _activations(
-    forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-) -> Mapping[str, Callable[..., Any]]:
-    """Return the four operators of activations around two functions, whose ``up`` is None where there is no gate."""
-
-    def scaled_activation_backward(
-        grad: Tensor,
-        x: Tensor,
-        scale: Tensor | None,
-        activation: str,
-        adapter_index: Tensor | None,
-        output_mask: Sequence[bool],
-    ) -> tuple[Tensor, Tensor]:
-        wants_x, wants_scale = output_mask
-        grad_x, _, grad_scale = backward(grad, x, None, scale, activation, adapter_index, (wants_x, False, wants_scale))
-        return grad_x, grad_scale
-
-    return {
-        "gated_activation": lambda gate, up, scale=None, activation="silu", adapter_index=None: forward(
-            gate, up, scale, activation, adapter_index
-        ),
-        "scaled_activation": lambda x, scale=None, activation="silu", adapter_index=None: forward(
-            x, None, scale, activation, adapter_index
-        ),
-        "gated_activation_backward": backward,
-        "scaled_activation_backward": scaled_activation_backward,
-    }
-
-
 def _operators() -> Mapping[str, Callable[..., object]]:
     if target.triton_problem() is not None:
         return {}
     from ..triton import activation, exact, scale_pair, weight
 
+    def scaled_activation_backward(
+        grad: Tensor, x: Tensor, scale: Tensor | None, name: str, index: Tensor | None, mask: Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
+        grad_x, _, grad_scale = activation.backward(grad, x, None, scale, name, index, (mask[0], False, mask[1]))
+        return grad_x, grad_scale
+
     functions: dict[str, Callable[..., Any]] = {
-        "scaled_linear": functools.partial(matmul.scaled_linear, activation.forward),
+        "scaled_linear": matmul.scaled_linear,
+        "gated_activation": activation.forward,
+        "scaled_activation": lambda x, *args: activation.forward(x, None, *args),
+        "gated_activation_backward": activation.backward,
+        "scaled_activation_backward": scaled_activation_backward,
         "scale_weight_": weight.scale_weight_,
         "scale_pair": scale_pair.forward,
         "scale_pair_backward": scale_pair.backward,
         **exact_gpu.operators(exact.exact_scale, exact.UNIT),
-        **_activations(activation.forward, activation.backward),
     }
     return {op: on_its_device(function) for op, function in functions.items()}
 

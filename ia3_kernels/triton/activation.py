@@ -29,7 +29,6 @@ from torch import Tensor
 
 from ..chunks import chunks_by_adapter
 from ..launches import ActivationLaunch, activation_launch
-from ..schemas import as_vector
 from .functions import LANES, activate, add_to_sum, load_scale, round_to, sum_chunks, tile_of_program
 
 
@@ -189,16 +188,17 @@ def as_rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
-def _flat_index(adapter_index: Tensor | None) -> Tensor | None:
+def flat_index(adapter_index: Tensor | None) -> Tensor | None:
+    """Return the index of the rows of :func:`as_rows`."""
     return None if adapter_index is None else adapter_index.reshape(-1).contiguous()
 
 
 def forward(
     gate: Tensor,
     up: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    adapter_index: Tensor | None,
+    scale: Tensor | None = None,
+    activation: str = "silu",
+    adapter_index: Tensor | None = None,
     out: Tensor | None = None,
     launch: ActivationLaunch | None = None,
 ) -> Tensor:
@@ -207,19 +207,19 @@ def forward(
     if not out.numel():
         return out
     x, u, h = as_rows(gate), None if up is None else as_rows(up), as_rows(out)
-    scale = as_vector(scale, adapter_index)
     scale = None if scale is None else scale.contiguous()
+    index = flat_index(adapter_index)
     rows, cols = x.shape
     launch = launch or activation_launch(rows, cols, x.element_size(), lanes=LANES)
     activation_fwd_kernel[(triton.cdiv(rows, launch.BLOCK_M) * triton.cdiv(cols, launch.BLOCK_N),)](
         x,
         u,
         scale,
-        None if scale is None else _flat_index(adapter_index),
+        index,
         h,
         rows,
         cols,
-        1 if scale is None or scale.dim() == 1 else scale.shape[0],
+        1 if scale is None or index is None else scale.shape[0],
         x.stride(0),
         0 if u is None else u.stride(0),
         h.stride(0),
@@ -254,11 +254,10 @@ def backward(
     dh, x, u = as_rows(grad), as_rows(gate), None if up is None else as_rows(up)
     rows, cols = x.shape
     launch = launch or activation_launch(rows, cols, x.element_size(), True, LANES)
-    scale = as_vector(scale, adapter_index)
     scale = None if scale is None else scale.contiguous()
-    adapters = 1 if scale is None or scale.dim() == 1 else scale.shape[0]
-    index = _flat_index(adapter_index)
-    chunked = None if index is None or scale is None else chunks_by_adapter(index, adapters, launch.CHUNK)
+    index = flat_index(adapter_index)
+    adapters = 1 if scale is None or index is None else scale.shape[0]
+    chunked = None if index is None else chunks_by_adapter(index, adapters, launch.CHUNK)
     chunks = triton.cdiv(rows, launch.CHUNK) if chunked is None else chunked.first.numel()
     partials = torch.empty(chunks, cols, dtype=torch.float32, device=x.device) if wants_scale else None
     order, first, last, adapter = chunked[:4] if chunked is not None else (None,) * 4

@@ -28,8 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launches import Architecture, LinearLaunch, linear_launch
-from ..schemas import as_vector
-from .activation import as_rows
+from .activation import as_rows, flat_index
 from .functions import INTERPRETED, load_scale, round_to
 
 
@@ -195,10 +194,9 @@ def matmul(
         launch = linear_launch(rows, outputs, inputs, x.element_size(), architecture, is_aligned)
     if launch.TMA and not is_aligned:  # measured for this shape, elsewhere in memory
         launch = replace(launch, TMA=False)
-    index = None if adapter_index is None else adapter_index.reshape(-1).contiguous()
-    vectors = (as_vector(scale, adapter_index) for scale in (input_scale, output_scale))
-    scales = [None if scale is None else scale.contiguous() for scale in vectors]
-    adapters = next((scale.shape[0] for scale in scales if scale is not None and scale.dim() == 2), 1)
+    index = flat_index(adapter_index)
+    scales = [None if scale is None else scale.contiguous() for scale in (input_scale, output_scale)]
+    adapters = 1 if index is None else min(scale.shape[0] for scale in scales if scale is not None)
     a: Any = rows_of_x
     w: Any = weight
     if launch.TMA:

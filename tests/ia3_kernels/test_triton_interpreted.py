@@ -92,6 +92,16 @@ def test_every_launch_computes_the_same(launch: str, transposed: bool, dtype: to
     assert_accurate(operator, "scaled_linear", x, w, None, None, torch.randn(outputs))
 
 
+def test_the_smaller_of_two_scales_bounds_the_index() -> None:
+    """As on a GPU, where nobody has looked at the index: what lies behind the scale is not read."""
+    whole = torch.full((8, 24), 77.0)
+    index = torch.tensor([-1, 2, 3, 4], dtype=torch.int32)
+    x, w = torch.randn(4, 16), torch.randn(24, 16)
+    y = _linear(LAUNCHES["uneven tiles"])(x, w, None, torch.ones(5, 16), whole[:3].fill_(1), index)
+    torch.testing.assert_close(y[:2], x[:2] @ w.t())
+    assert y[2:].isnan().all()
+
+
 @pytest.mark.parametrize("launch", ["uneven tiles", "K in 4, the last part beyond it"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 40, 3), (33, 1, 2), (2, 15, 17)])
 def test_launches_of_tiles_larger_than_the_matrices(launch: str, shape: tuple[int, int, int]) -> None:
@@ -130,7 +140,7 @@ def test_the_epilogue_behind_the_library_is_in_place(dtype: torch.dtype, monkeyp
 
     monkeypatch.setattr(torch.nn.functional, "linear", recorded)
     before = [tensor.clone() for tensor in (x, w, bias)]
-    result = matmul.library(activation.forward, x, w, bias, None, vectors, index)
+    result = matmul.library(x, w, bias, None, vectors, index)
     assert len(products) == 1
     assert result is products[0]
     monkeypatch.undo()
