@@ -44,7 +44,8 @@ def test_every_instruction_set(isa: str) -> None:
     _pytest("tests/ia3_kernels/test_operators.py", "-k", "native and not bits_range", IA3_CPU_ISA=isa)
     # All give the reference's bits, so all give the same.
     chosen = "kernels_and_reference_agree or worst_of_two or layouts or safe_merging"
-    _pytest("tests/ia3_kernels/test_exact.py", "-k", chosen, IA3_CPU_ISA=isa)
+    files = [f"tests/ia3_kernels/test_exact{part}.py" for part in ("", "_errors")]
+    _pytest(*files, "-k", chosen, IA3_CPU_ISA=isa)
 
 
 @needs_native
