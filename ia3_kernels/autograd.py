@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import target
+from .formulas import cast
 from .reference import flat
 from .schemas import LIBRARY, index_of, refuse_tangents
 
@@ -213,13 +214,9 @@ def _register_autocast(device_type: str, key: str) -> None:
     ) -> Tensor:
         # As for `linear`: the matmul's operands take autocast's dtype. Scales keep theirs; arithmetic on them is fp32.
         dtype = torch.get_autocast_dtype(device_type)
-
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-            return tensor.to(dtype) if eligible and tensor is not None else tensor
-
+        x, weight, bias = cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            y: Tensor = ops.scaled_linear(cast(x), cast(weight), cast(bias), input_scale, output_scale, adapter_index)
+            y: Tensor = ops.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
             return y
 
     LIBRARY.impl("scaled_linear", scaled_linear, key)

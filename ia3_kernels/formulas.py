@@ -37,7 +37,7 @@ def applies(op: str, x: Tensor) -> bool:
     return op != "scaled_linear" or dtype not in _OPAQUE_MATMULS
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast an operand of a matmul as autocast does, which leaves fp64 alone."""
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
@@ -53,7 +53,7 @@ def scaled_linear(
     """Trace ``((x ∘ s_in) Wᵀ + b) ∘ s_out``."""
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+        x, weight, bias = cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
     return reference.scaled_linear(x, weight, bias, input_scale, output_scale, adapter_index)
 
 

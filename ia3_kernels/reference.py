@@ -77,7 +77,8 @@ def _rows_of_scale(scale: Tensor, adapter_index: Tensor | None, dtype: torch.dty
     # An async assert cannot be a sentence, so the bounds are only read on the host where that costs no synchronization.
     if not torch.compiler.is_compiling():
         check_bounds(adapter_index, scale.shape[0])
-    return _Gather.apply(scale, adapter_index)  # type: ignore[no-any-return]
+    rows: Tensor = _Gather.apply(scale, adapter_index)
+    return rows
 
 
 def _sum_by_adapter(rows: Tensor, adapter_index: Tensor, adapters: int) -> Tensor:

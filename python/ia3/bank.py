@@ -157,7 +157,7 @@ class AdapterBank:
             if old is not None and old.slot is not None and not old.users:
                 self._forget(name)  # its slot is the next that is taken
             adapter = Adapter()
-            self._slots.enter(adapter, vectors, self._adapters.get(name))
+            self._slots.enter(adapter, vectors, old)
             if name in self._adapters:
                 self._forget(name)
             adapter.is_pinned = pin

@@ -6,7 +6,7 @@ in a file, so that PEFT reads the same adapter from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -80,26 +80,27 @@ def mark(model: nn.Module, adapter_name: str, config: Any) -> None:
             layer.note_running()
 
 
+def _masks(model: nn.Module) -> Iterator[tuple[str, Any, str, Tensor]]:
+    """Yield the layers of ``model`` and their adapters that leave queries alone: path, layer, adapter, its mask."""
+    for path, layer in carriers(model):
+        for name, mask in layer._buffers.items():
+            if name.startswith(queries_key("")) and mask is not None:
+                yield path, layer, name.removeprefix(queries_key("")), mask
+
+
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
     """Write ones into the vectors of ``model`` where queries are left alone, and act as ones whatever is there."""
-    for layer in model.modules():
-        for name, mask in layer._buffers.items():
-            if name.startswith(queries_key("")) and mask is not None:
-                vector = layer.get_parameter(f"ia3_l.{name.removeprefix(queries_key(''))}")
-                if not vector.is_meta and not hasattr(vector, "full_tensor"):
-                    vector.masked_fill_(mask.to(vector.device), 1.0)
+    for _, layer, adapter_name, mask in _masks(model):
+        vector = layer.get_parameter(f"ia3_l.{adapter_name}")
+        if not vector.is_meta and not hasattr(vector, "full_tensor"):
+            vector.masked_fill_(mask.to(vector.device), 1.0)
 
 
 def settled(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a model's state with ones in the queries' places, where weight decay may have left others."""
     result = dict(state)
-    masks = {
-        f"{path}.ia3_l.{name.removeprefix(queries_key(''))}": mask
-        for path, layer in carriers(model)
-        for name, mask in layer._buffers.items()
-        if name.startswith(queries_key("")) and mask is not None
-    }
+    masks = {f"{path}.ia3_l.{adapter_name}": mask for path, _, adapter_name, mask in _masks(model)}
     for key, tensor in state.items():
         mask = next((mask for end, mask in masks.items() if key == end or key.endswith(f".{end}")), None)
         if mask is not None:

@@ -43,7 +43,7 @@ class MergingLayer(ScaledLayer):
 
     def unmerge_inexactly(self) -> None:
         """Divide the weight by vectors that PEFT merged before the layer was accelerated; warns, as PEFT does."""
-        super().unmerge()  # type: ignore[misc]
+        super().unmerge()  # type: ignore[misc]  # of PEFT's class, the second base
         self.note_running()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -51,7 +51,7 @@ class MergingLayer(ScaledLayer):
         if not enabled and self.merged_adapters and self._merge_state is None:
             self.unmerge_inexactly()
         merging.suspend([("layer", self)], not enabled)
-        super().enable_adapters(enabled)  # type: ignore[misc]
+        super().enable_adapters(enabled)  # type: ignore[misc]  # of PEFT's class, the second base
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Moved, converted or laid out anew, the weights could not be unmerged: it is done to the unmerged ones.

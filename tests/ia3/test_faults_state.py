@@ -97,7 +97,7 @@ def test_injecting_under_a_name_that_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(IA3Error, match="adapter_name"):
         ia3.inject_adapter_in_model(ia3.IA3Config(**TARGETS), build(), name)
     with pytest.raises(IA3Error, match=r"expected an nn\.Module"):
-        ia3.inject_adapter_in_model(ia3.IA3Config(**TARGETS), "model")  # type: ignore[arg-type]
+        ia3.inject_adapter_in_model(ia3.IA3Config(**TARGETS), "model")
 
 
 def test_arguments_that_python_would_refuse_are_refused() -> None:
@@ -222,7 +222,7 @@ def test_errors_of_a_bank_are_sentences(tmp_path: Path) -> None:
     bank, vectors = bank_of_two(folder=tmp_path / "kept")
     for wrong in ({"x": "s"}, {1: torch.ones(1)}, {"x": [1.0]}):
         with pytest.raises(IA3Error, match="expected tensors by their names"):
-            bank.load("z", wrong)  # type: ignore[arg-type]
+            bank.load("z", wrong)
     for path in (tmp_path / "kept").iterdir():
         path.rename(tmp_path / "elsewhere")
     with pytest.raises(IA3Error, match="cannot write an evicted adapter"):

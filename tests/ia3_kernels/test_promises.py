@@ -61,9 +61,9 @@ def test_both_names_of_an_operator_have_the_same_defaults() -> None:
 def test_what_is_no_tensor_is_a_sentence_with_out_too() -> None:
     x = torch.randn(2, 4)
     with pytest.raises(RuntimeError, match="up is of type NoneType; expected a tensor"):
-        ik.gated_activation(x, None, torch.ones(4), out=torch.empty(2, 4))  # type: ignore[arg-type]
+        ik.gated_activation(x, None, torch.ones(4), out=torch.empty(2, 4))
     with pytest.raises((RuntimeError, TypeError)):
-        ik.scaled_activation(x, 2.0, out=torch.empty(2, 4))  # type: ignore[arg-type]
+        ik.scaled_activation(x, 2.0, out=torch.empty(2, 4))
 
 
 def test_tangents_are_refused_beside_gradients() -> None:
