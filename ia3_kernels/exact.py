@@ -8,14 +8,16 @@ among the bit patterns, to one value, and the lowest bit of ``w`` tells them apa
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .moves import Move, move_each
 from .schemas import check_dim, check_residual, check_weight_scale, refuse_tangents
 
 _ops: Any = torch.ops.ia3
@@ -46,15 +48,68 @@ class Residual:
         return Residual(self.parity.to(device), self.positions.to(device), self.bits.to(device))
 
 
-def merge_(
-    weight: Tensor,
-    scale: Tensor,
-    dim: int = 0,
-    *,
-    exact: bool = False,
-    safe: bool = False,
-    done: list[Any] | None = None,
-) -> Residual | None:
+class Change(NamedTuple):
+    """What :func:`change_` does to a weight: ``old_scale`` out, ``new_scale`` in; None is no scale.
+
+    weight, scales, dim: as of :func:`merge_`. residual: what merging ``old_scale`` has returned.
+    """
+
+    weight: Tensor
+    old_scale: Tensor | None
+    new_scale: Tensor | None
+    dim: int = 0
+    residual: Residual | None = None
+
+
+def change_(changes: Sequence[Change], done: list[Any] | None = None) -> list[Residual | None]:
+    """Merge, unmerge and swap the scales of many weights, bit-exactly: all of them, or after an exception none.
+
+    As :func:`merge_` with ``exact=True``, :func:`unmerge_` and :func:`swap_`, one after the other; but a GPU is waited
+    for once. No weight may come twice.
+
+    Args:
+        changes: the weights; of any devices.
+        done: an empty list that gets something in one step with the weights, so that whoever undoes what an interrupt
+            (``KeyboardInterrupt``) cut short sees whether they have changed: if it is not empty, :func:`undo_` is next.
+
+    Returns:
+        What undoes each: None where there is no new scale.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit; nothing was written.
+        Whatever is raised, every weight is as it was.
+    """
+    moves = [_move_of(change) for change in changes]
+    results: list[Any] = [] if done is None else done
+    is_direct = _is_direct(*itertools.chain.from_iterable(move.arguments for move in moves))
+    try:
+        _go(moves, is_direct, results)
+        if is_direct:  # the dispatcher does it by itself
+            torch.autograd.graph.increment_version([move.weight for move in moves if not move.weight.is_inference()])
+    except BaseException:
+        back = [move.back(result) for move, result in zip(moves, results, strict=False)]
+        results.clear()
+        _go(back, is_direct, [])
+        raise
+    return [_residual_of(move.left(result)) for move, result in zip(moves, results, strict=True)]
+
+
+def undo_(changes: Sequence[Change], done: Sequence[Any]) -> list[Residual | None]:
+    """Take back what :func:`change_` has done, by its ``done``; returns what undoes each old scale."""
+    residuals = [_residual_of(_move_of(change).left(result)) for change, result in zip(changes, done, strict=True)]
+    return change_(
+        [
+            Change(change.weight, change.new_scale, change.old_scale, change.dim, residual)
+            for change, residual in zip(changes, residuals, strict=True)
+        ]
+    )
+
+
+def _residual_of(tensors: Sequence[Tensor]) -> Residual | None:
+    return Residual(*tensors) if tensors else None
+
+
+def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, safe: bool = False) -> Residual | None:
     """Scale a weight in place along its outputs (``dim=0``) or inputs (``dim=1``): ``w ← round(w ∘ scale)``.
 
     Args:
@@ -65,8 +120,6 @@ def merge_(
         dim: 0 or 1. A convolution's groups follow from the length of an input scale.
         exact: return what :func:`unmerge_` needs, one bit a weight and ten bytes for each one that needs more.
         safe: raise where a result would not be finite; found in one reading pass, before anything is written.
-        done: of an exact merge, gets the residual's three tensors as a tuple, in one step with the weight: who undoes
-            what an interrupt (``KeyboardInterrupt``) cut short sees there whether it happened.
 
     Returns:
         The residual, or None unless ``exact``. No temporary of the weight's size is made.
@@ -77,13 +130,13 @@ def merge_(
         Whatever is raised, the weight is as it was.
     """
     matrix, factors, along = _matrix("merge_", "scale", weight, scale, dim)
-    if safe and not bool(_call("stays_finite", None, matrix, factors, along)):
+    if safe and not bool(_ops.stays_finite(matrix, factors, along)):
         raise ValueError(
             f"merge_: the scaled weight would not be finite in {str(weight.dtype).removeprefix('torch.')}; correct the "
             "scale, or merge without safe: nothing was written."
         )
     if exact:
-        return Residual(*_call("merge_exact_", done, matrix, factors, along))
+        return change_([Change(weight, None, scale, dim)])[0]
     if along == 0:
         _ops.scale_weight_(matrix, factors, 0)
     else:
@@ -92,76 +145,84 @@ def merge_(
     return None
 
 
-def unmerge_(
-    weight: Tensor,
-    scale: Tensor,
-    dim: int = 0,
-    residual: Residual | None = None,
-    *,
-    done: list[Any] | None = None,
-) -> None:
+def unmerge_(weight: Tensor, scale: Tensor, dim: int = 0, residual: Residual | None = None) -> None:
     """Take ``scale`` out of a weight that :func:`merge_` put it into: every bit comes back.
 
     ``weight``, ``scale`` and ``dim`` are those of the exact merge, with the same values; ``residual`` is its result.
-    ``done`` gets ``None``, as :func:`merge_`'s does.
 
     Raises:
         RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
     """
-    matrix, factors, along = _matrix("unmerge_", "scale", weight, scale, dim)
-    _call("unmerge_exact_", done, matrix, factors, along, *_tensors("unmerge_", matrix, residual))
+    change_([Change(weight, scale, None, dim, residual)])
 
 
 def swap_(
-    weight: Tensor,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    dim: int = 0,
-    residual: Residual | None = None,
-    *,
-    done: list[Any] | None = None,
+    weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int = 0, residual: Residual | None = None
 ) -> Residual:
     """Go from one merged scale to another, in one pass over the weight.
 
     The result is that of :func:`unmerge_` with ``old_scale`` and an exact :func:`merge_` of ``new_scale``, bit-exactly.
-    The parity is the same for every scale, and is shared between the two residuals. ``done`` gets the new positions and
-    bits as a tuple, as :func:`merge_`'s does.
+    The parity is the same for every scale, and is shared between the two residuals.
 
     Raises:
         RuntimeError: a shape, dtype, device or layout does not fit; the weight is as it was.
     """
-    matrix, old, along = _matrix("swap_", "old_scale", weight, old_scale, dim)
-    _, new, _ = _matrix("swap_", "new_scale", weight, new_scale, dim)
-    parity, *rest = _tensors("swap_", matrix, residual)
-    return Residual(parity, *_call("swap_exact_", done, matrix, old, new, along, parity, *rest))
+    (found,) = change_([Change(weight, old_scale, new_scale, dim, residual)])
+    assert found is not None
+    return found
 
 
 def stays_finite(weight: Tensor, scale: Tensor, dim: int = 0) -> bool:
     """Return whether :func:`merge_` would give finite values only; one reading pass, its arguments, its errors."""
-    return bool(_call("stays_finite", None, *_matrix("stays_finite", "scale", weight, scale, dim)))
+    return stay_finite([(weight, scale, dim)])[0]
 
 
-def _call(op: str, done: list[Any] | None, weight: Tensor, *arguments: Any) -> Any:
-    """Return what an operator returns, and append it to ``done`` before Python runs anything else.
+def stay_finite(cases: Sequence[tuple[Tensor, Tensor, int]]) -> list[bool]:
+    """Return what :func:`stays_finite` does of each weight, scale and dim; a GPU is waited for once."""
+    found = [_ops.stays_finite(*_matrix("stays_finite", "scale", *case)) for case in cases]
+    by_device = {tensor.device: [other for other in found if other.device == tensor.device] for tensor in found}
+    answers = {device: iter(torch.stack(tensors).tolist()) for device, tensors in by_device.items()}
+    return [next(answers[tensor.device]) for tensor in found]
 
-    A signal's handler runs between two instructions of Python's, most likely after the kernel that it had to wait for;
-    extending a list by an iterator that calls the kernel is one instruction. The arguments were checked. So the backend
-    is called itself where neither a mode nor a subclass nor a trace has a say: the dispatcher takes longer than a small
-    weight does.
-    """
-    results: list[Any] = [] if done is None else done
-    if not _is_direct(weight, *arguments):
-        results.extend(itertools.starmap(getattr(_ops, op).default._op, [(weight, *arguments)]))
-        return results[-1]
-    kernel = backends.choose(op, weight.device.type, weight.dtype)[0].operators[op]
-    results.extend(itertools.starmap(kernel, [(weight, *arguments)]))
-    if op.endswith("_") and not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)
-    return results[-1]
+
+def _move_of(change: Change) -> Move:
+    """Return a change with its weight as a matrix; raises a sentence for what does not fit."""
+    weight, old, new, dim, residual = change
+    matrix, along = weight, dim
+    tensors: tuple[Tensor, ...] = ()
+    if new is not None:
+        op, name = ("merge_", "scale") if old is None else ("swap_", "new_scale")
+        matrix, new, along = _matrix(op, name, weight, new, dim)
+    if old is not None:
+        op, name = ("unmerge_", "scale") if new is None else ("swap_", "old_scale")
+        matrix, old, along = _matrix(op, name, weight, old, dim)
+        tensors = _tensors(op, matrix, residual)
+    if old is None and new is None:
+        raise RuntimeError("change_: neither an old scale nor a new one is given; give one of them, or both.")
+    return Move(matrix, old, new, along, tensors)
+
+
+def _go(moves: Sequence[Move], is_direct: bool, done: list[Any]) -> None:
+    """Run what runs the weights' operators, device by device; ``done`` gets the results of what has moved."""
+    if not is_direct:
+        move_each(lambda op: getattr(_ops, op).default._op, moves, done)
+        return
+    for (backend, _), part in itertools.groupby(moves, _runner):
+        if backend.moves is None:
+            move_each(backend.operators.__getitem__, list(part), done)
+        else:
+            backend.moves(list(part), done)
+
+
+def _runner(move: Move) -> tuple[backends.Backend, torch.device]:
+    return backends.choose(move.operator, move.weight.device.type, move.weight.dtype)[0], move.weight.device
 
 
 def _is_direct(*arguments: Any) -> bool:
-    """Return whether all there is to calling an operator with these arguments is running its kernel."""
+    """Return whether all there is to calling an operator with these arguments is running its kernel.
+
+    Then the backend is called itself: the dispatcher takes longer than a small weight does.
+    """
     return (
         not torch.compiler.is_compiling()
         and {Tensor, int}.issuperset(map(type, arguments))

@@ -1,20 +1,22 @@
 """Scaling whose undoing is bit-exact, on GPUs: what the host does around a kernel of CUDA or Triton.
 
 One pass reads and writes a weight. It leaves alone every unit, a warp's adjacent weights of a row, that has escapes,
-and counts them; so the host need not know how many there are until it asks, once. If there are any, a second launch
-visits those units alone. If there is no memory for them, one takes back all others.
+and counts them; so the host need not know how many there are until it asks, once for all the weights that it has
+launched. If there are any, a second launch visits those units alone. If there is no memory for them, one takes back all
+others.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .exact_reference import check_positions
+from .moves import Move
 from .schemas import parity_shape, pattern_dtype
 
 # What a launch does; ia3_exact_mode of csrc/include/ia3_kernels.h says more.
@@ -35,56 +37,108 @@ def counts_of(workspace: Tensor) -> Tensor:
     return workspace[_HEAD:]
 
 
-def _move(
-    kernel: Kernel,
-    unit: int,
-    weight: Tensor,
-    old: Tensor | None,
-    new: Tensor | None,
-    dim: int,
-    parity: Tensor,
-    *escapes: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Take an old scale out of a weight and put a new one in (None: no scale); after an error it is as it was.
+class _Launch(NamedTuple):
+    """What a kernel takes for a move; its arguments after the mode, in order."""
 
-    escapes: positions and bits of those that ``old`` left. Returns those of the new ones. Waits for the device once,
-    and not at all where nothing is put in.
+    weight: Tensor
+    old: Tensor | None
+    new: Tensor | None
+    dim: int
+    parity: Tensor
+    positions: Tensor | None
+    bits: Tensor | None
+    workspace: Tensor | None
+
+
+def _launch_of(unit: int, move: Move) -> tuple[_Launch, Tensor]:
+    """Return the arguments of a move's launch, and its workspace, which one that only takes out needs to go back."""
+    weight, old, new, dim, residual = move
+    workspace = weight.new_empty(_HEAD + weight.shape[0] * -(-weight.shape[1] // unit), dtype=torch.int16)
+    positions: Tensor | None = None
+    bits: Tensor | None = None
+    if residual:
+        parity, *escapes = residual
+        check_positions(move.operator, weight, escapes[0])
+        positions, bits = escapes if len(escapes[0]) else (None, None)
+    else:
+        parity = weight.new_empty(parity_shape(weight), dtype=torch.uint8)
+    is_needed = new is not None or positions is not None
+    return _Launch(weight, old, new, dim, parity, positions, bits, workspace if is_needed else None), workspace
+
+
+def _escapes(launches: Sequence[_Launch]) -> list[int]:
+    """Return how many escapes each launch has found; waits for the device once, or not where nothing is put in."""
+    workspaces = [launch.workspace if launch.new is not None and launch.weight.numel() else None for launch in launches]
+    totals = [total_of(workspace) for workspace in workspaces if workspace is not None]
+    found = iter(torch.cat(totals).tolist() if totals else ())
+    return [0 if workspace is None else next(found) for workspace in workspaces]
+
+
+def move_all(kernel: Kernel, unit: int, moves: Sequence[Move], done: list[Any]) -> None:
+    """Take old scales out of weights of one device and put new ones in; after an exception, an interrupt too, none.
+
+    ``done`` gets the results of all at the end. ``unit``: how many weights one of the kernel's has.
     """
-    positions, bits = escapes if escapes and len(escapes[0]) else (None, None)
-    workspace = None
-    if new is not None or positions is not None:
-        workspace = weight.new_empty(_HEAD + weight.shape[0] * -(-weight.shape[1] // unit), dtype=torch.int16)
-    arguments = weight, old, new, dim, parity, positions, bits, workspace
-    kernel(MOVE, *arguments)
+    before = len(done)
+    prepared = [_launch_of(unit, move) for move in moves]
+    launches = [launch for launch, _ in prepared]
+    launched: list[None] = []
+    collects: list[tuple[Any, ...]] = []
+    collected: list[None] = []
     try:
-        count = 0 if new is None or workspace is None or not weight.numel() else int(total_of(workspace))
-        found = weight.new_empty(count, dtype=torch.int64), weight.new_empty(count, dtype=pattern_dtype(weight.dtype))
-        offsets = counts_of(workspace).cumsum(0) if count and workspace is not None else None
+        for launch in launches:
+            # In one instruction with the kernel: between two, an interrupt may come.
+            launched.extend(itertools.starmap(kernel, [(MOVE, *launch)]))
+        counts = _escapes(launches)
+        found = [
+            (weight.new_empty(count, dtype=torch.int64), weight.new_empty(count, dtype=pattern_dtype(weight.dtype)))
+            for (weight, *_), count in zip(launches, counts, strict=True)
+        ]
+        rest = [
+            (COLLECT, *launch, counts_of(launch.workspace).cumsum(0), *escapes)
+            for launch, count, escapes in zip(launches, counts, found, strict=True)
+            if count and launch.workspace is not None
+        ]
+        results = [
+            None if launch.new is None else escapes if launch.old is not None else (launch.parity, *escapes)
+            for launch, escapes in zip(launches, found, strict=True)
+        ]
+        collects = rest
+        for arguments in collects:
+            collected.extend(itertools.starmap(kernel, [arguments]))
+        done.extend(results)
     except BaseException:
-        kernel(TAKE_BACK, weight, new, old, dim, parity, None, None, workspace)
+        if len(done) > before:
+            raise
+        if collects:  # which need nothing that they have not got
+            for arguments in collects[len(collected) :]:
+                kernel(*arguments)
+            move_all(kernel, unit, [move.back(result) for move, result in zip(moves, results, strict=True)], [])
+            raise
+        for (launch, workspace), _ in zip(prepared, launched, strict=False):
+            weight, old, new, dim, parity, *_ = launch
+            if launch.workspace is None:
+                workspace.zero_()  # no unit has escapes
+            kernel(TAKE_BACK, weight, new, old, dim, parity, None, None, workspace)
         raise
-    if offsets is not None:
-        kernel(COLLECT, *arguments, offsets, *found)
-    return found
 
 
 def operators(kernel: Kernel, unit: int) -> dict[str, Callable[..., Any]]:
     """Return the operators of exact merging around a kernel, whose units have so many weights."""
-    move = functools.partial(_move, kernel, unit)
 
-    def merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        parity = weight.new_empty(parity_shape(weight), dtype=torch.uint8)
-        return parity, *move(weight, None, scale, dim, parity)
+    def move(*move: Any) -> Any:
+        done: list[Any] = []
+        move_all(kernel, unit, [Move(*move)], done)
+        return done[0]
 
-    def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, *escapes: Tensor) -> None:
-        check_positions("unmerge_exact_", weight, escapes[0])
-        move(weight, scale, None, dim, parity, *escapes)
+    def merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> Any:
+        return move(weight, None, scale, dim)
 
-    def swap_exact_(
-        weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, parity: Tensor, *escapes: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        check_positions("swap_exact_", weight, escapes[0])
-        return move(weight, old_scale, new_scale, dim, parity, *escapes)
+    def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, *residual: Tensor) -> None:
+        move(weight, scale, None, dim, residual)
+
+    def swap_exact_(weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, *residual: Tensor) -> Any:
+        return move(weight, old_scale, new_scale, dim, residual)
 
     def stays_finite(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
         if not weight.numel():

@@ -34,6 +34,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
         for name, (functions, leaves) in measured.items():
             for mode, times in _times(settings, functions, leaves).items():
                 recorder.add_times("host", f"{name}, {mode}, {ROWS}x{WIDTH}", dtype, times, _BASELINES)
+            recorder.save()
 
 
 def _operators(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[dict[str, _Function], list[Tensor]]]:
@@ -121,11 +122,11 @@ def _times(
             torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
 
     found = {}
-    # So many calls that a round takes some 10 to 40 ms, and the whole suite half a minute of a GPU's time
+    # So many calls that a round takes some 5 to 20 ms, and the whole suite half a minute of a GPU's time
     for mode, call, calls in (
-        ("no gradient", forward, 400),
-        ("recorded", recorded, 400),
-        ("forward and backward", both, 100),
+        ("no gradient", forward, 200),
+        ("recorded", recorded, 200),
+        ("forward and backward", both, 50),
     ):
         calls = 20 if settings.quick else calls
         fns = {impl: partial(call, function, calls) for impl, function in functions.items()}

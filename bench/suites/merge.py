@@ -44,7 +44,9 @@ def run(settings: Settings, recorder: Recorder) -> None:
         for rows, columns in shapes:
             for dim, side in enumerate(_SIDES):
                 _times(settings, recorder, dtype, (rows, columns), dim, f"{side} of {rows}x{columns}")
-        _cycles(settings, recorder, dtype)
+                recorder.save()
+        if not settings.on_gpu:
+            _cycles(settings, recorder, dtype)
         _model(settings, recorder, dtype)
 
 
@@ -186,7 +188,8 @@ def _with_vectors(library: Any, blocks: nn.Module, settings: Settings) -> Any:
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "ia3_l" in name:
-            parameter.data.copy_(torch.randint(2, parameter.shape, generator=generator) * 2.0 - 1.0)
+            signs = torch.randint(2, parameter.shape, generator=generator, device="cpu")
+            parameter.data.copy_(signs * 2.0 - 1.0)
     return model.to(settings.device)
 
 

@@ -70,6 +70,7 @@ class Launch {
  private:
   template <typename Stream>
   static ia3_stream stream_of(const Stream& stream) {
+    if (stream.id() == 0) return nullptr;  // a device's default stream, on every version of torch
     if constexpr (requires { stream.native_handle(); }) {
       return static_cast<ia3_stream>(stream.native_handle());
     } else {  // torch before it had that

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from ..moves import Move
 
 
 def _always() -> str | None:
@@ -24,6 +27,8 @@ class Backend:
     compiled: the names of those that the native library calls by itself (csrc/torch/backend.h).
     unavailable: says in words why the backend cannot run in this process, or None.
     detail: adds how an operator will run, for `explain`.
+    moves: goes many ways of exact merging on one device, all or none; its list gets the results of all at the end.
+        None: they are gone by the operators, one after the other.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Backend:
     compiled: frozenset[str] = frozenset()
     unavailable: Callable[[], str | None] = field(default=_always)
     detail: Callable[[str, torch.device, torch.dtype, Sequence[int] | None], str] = field(default=_no_detail)
+    moves: Callable[[Sequence[Move], list[Any]], None] | None = None
 
     def gap(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         """Return why this backend does not run `op` for that device and dtype, or None where it does."""

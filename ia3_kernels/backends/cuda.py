@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import exact_gpu, matmul, routes, target
+from ..moves import Move
 from ..schemas import COMPILED
 from .base import Backend
 
@@ -25,6 +26,11 @@ def _exact_scale(*args: Any) -> None:
     target.native_library().cuda.exact_scale(*args)  # type: ignore[union-attr]
 
 
+def _move_all(moves: Sequence[Move], done: list[Any]) -> None:
+    # The compiled function itself: an interrupt may come within one that is written in Python.
+    exact_gpu.move_all(target.native_library().cuda.exact_scale, _UNIT, moves, done)  # type: ignore[union-attr]
+
+
 BACKEND = Backend(
     name="cuda",
     description="compiled CUDA kernels",
@@ -34,4 +40,5 @@ BACKEND = Backend(
     compiled=frozenset(COMPILED),
     unavailable=target.cuda_problem,
     detail=_detail,
+    moves=_move_all,
 )

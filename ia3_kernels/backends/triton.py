@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import exact_gpu, matmul, target
+from ..moves import Move
 from .base import Backend
 
 
@@ -57,6 +58,12 @@ def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[i
     return matmul.describe(device, dtype, shape, ["triton"], is_captured=True)
 
 
+def _move_all(moves: Sequence[Move], done: list[Any]) -> None:
+    from ..triton import exact
+
+    on_its_device(lambda weight: exact_gpu.move_all(exact.exact_scale, exact.UNIT, moves, done))(moves[0].weight)
+
+
 BACKEND = Backend(
     name="triton",
     description="Triton kernels, interpreted on the CPU" if target.is_interpreted() else "Triton kernels for GPUs",
@@ -65,4 +72,5 @@ BACKEND = Backend(
     operators=_operators(),
     unavailable=target.triton_problem,
     detail=_detail,
+    moves=_move_all,
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
+import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 import ia3
 from ia3.merging import layer as held
 from ia3.merging import model as merging
-from ia3_kernels import exact
+from ia3_kernels import backends, exact, moves
+from tests.ia3_kernels.helpers import interrupted
 
 from .conftest import Family, perturb
 from .test_merging import _assert_unchanged, _base, _one_layer, _set_vectors, _weights
@@ -91,21 +93,30 @@ def test_safe_merging_starts_from_the_weights_without_vectors() -> None:
 
 
 @pytest.fixture(params=[0, 1, 4, 11])
-def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Once armed with a number (``append``), the parameter after so many fails; after that everything works again."""
-    move, armed = held._move, list[int]()
+def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Once armed with a number (``append``), the weight after so many fails; after that everything works again."""
+    armed = list[int]()
 
-    def fail_once(*arguments: Any) -> Any:
+    def fail_once(operator: Callable[..., Any], *arguments: Any) -> Any:
         if armed:
             armed[0] -= 1
             if armed[0] < 0:
                 armed.clear()
                 raise MemoryError
-        return move(*arguments)
+        return operator(*arguments)
 
-    monkeypatch.setattr(held, "_move", fail_once)
+    operators: dict[str, Any] = {
+        name: functools.partial(fail_once, operator) if name.endswith("exact_") else operator
+        for backend in (backends.native.BACKEND if backends.prefers_native() else backends.reference.BACKEND,)
+        for name, operator in backend.operators.items()
+    }
+    native = dataclasses.replace(backends.native.BACKEND, operators=operators, unavailable=lambda: None)
+    monkeypatch.setattr(backends, "_BACKENDS", (native, backends.reference.BACKEND))
+    backends.choose.cache_clear()
     armed.append(request.param)
-    return armed
+    yield armed
+    monkeypatch.undo()
+    backends.choose.cache_clear()
 
 
 OPERATIONS: dict[str, Callable[[ia3.PeftModel], Any]] = {
@@ -160,36 +171,7 @@ def test_a_failure_half_way_leaves_nothing_behind(
         _assert_unchanged(model, unmerged)
 
 
-_OWN = (merging.__file__, held.__file__, exact.__file__)
-
-
-def _interrupted(function: Callable[[], Any], after: int) -> bool:
-    """Call `function`, and raise KeyboardInterrupt before the instruction that follows `after` others.
-
-    Between any two of them Python may run a signal's handler. Returns whether there were so many.
-    """
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal after
-        if frame.f_code.co_filename not in _OWN:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            after -= 1
-            if after < 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(previous)
-    return False
+_OWN = (merging.__file__, held.__file__, exact.__file__, moves.__file__)
 
 
 @pytest.mark.parametrize("is_shared", [False, True], ids=["own", "shared"])
@@ -222,7 +204,7 @@ def test_an_interrupt_between_any_two_instructions_leaves_all_or_nothing(operati
     outcomes = set()
     for instructions in range(0, 100_000, 3):
         start()
-        was_interrupted = _interrupted(run[operation], instructions)
+        was_interrupted = interrupted(run[operation], instructions, _OWN)
         is_done = not torch.equal(base.weight, before)
         assert torch.equal(base.weight, after if is_done else before)
         if operation != "disable":  # the names stay

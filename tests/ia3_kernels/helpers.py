@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -145,3 +146,32 @@ def eager_scaled_linear(x: Tensor, weight: Tensor, bias: Any, input_scale: Any, 
         x = (x * input_scale).to(x.dtype)
     y = F.linear(x, weight, bias)
     return y if output_scale is None else (y * output_scale).to(y.dtype)
+
+
+def interrupted(function: Callable[[], Any], after: int, files: Sequence[str | None]) -> bool:
+    """Call `function`, and raise KeyboardInterrupt before the instruction that follows `after` others of these files.
+
+    Between any two of them Python may run a signal's handler. Returns whether there were so many.
+    """
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal after
+        if frame.f_code.co_filename not in files:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            after -= 1
+            if after < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 import ia3_kernels as kernels
-from ia3_kernels import Residual, backends, exact_gpu, exact_reference, target
+from ia3_kernels import Residual, backends, exact, exact_gpu, exact_reference, moves, target
+from ia3_kernels.exact import Change, change_, undo_
 from ia3_kernels.launches import WeightLaunch
 
 from . import emulated, emulated_bindings
+from .helpers import interrupted
 from .test_exact import (
     LAYOUTS,
     _binade_borders,
@@ -245,6 +247,54 @@ def test_what_would_not_be_finite_is_found(shape: tuple[int, int], dim: int, dty
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def _changes(device: str, dtype: torch.dtype, kind: str) -> tuple[list[Change], list[Tensor]]:
+    """Changes of one kind of three weights, of which one has escapes, and the weights."""
+    weights = [torch.randn(shape).to(dtype).to(device) for shape in ((4, 9), (3, 300), (2, 8))]
+    changes = []
+    for number, weight in enumerate(weights):
+        first, second = (0.5 + torch.rand(2, weight.shape[number % 2])).to(device)
+        if number == 1:
+            first[1] = second[2] = 0.0
+        residual = None if kind == "merge" else kernels.merge_(weight, first, number % 2, exact=True)
+        old, new = {"merge": (None, first), "unmerge": (first, None), "swap": (first, second)}[kind]
+        changes.append(Change(weight, old, new, number % 2, residual))
+    return changes, weights
+
+
+@pytest.mark.parametrize("kind", ["merge", "unmerge", "swap"])
+def test_many_weights_change_as_one_after_the_other_does(kind: str, device: str) -> None:
+    changes, weights = _changes(device, torch.bfloat16, kind)
+    alone = [change._replace(weight=change.weight.clone()) for change in changes]
+    expected = [change_([change])[0] for change in alone]
+    found = change_(changes)
+    for one, other, a, b in zip(found, expected, weights, alone, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (other is not None and _same_residual(one, other))
+        assert _same(a.cpu(), b.weight.cpu())
+
+
+@pytest.mark.parametrize("kind", ["merge", "unmerge", "swap"])
+def test_an_interrupt_between_any_two_instructions_leaves_all_weights_or_none(kind: str, device: str) -> None:
+    if IS_SLOW or device == "cuda":
+        pytest.skip("the emulator goes the same way, and takes less time")
+    own = tuple(module.__file__ for module in (exact, exact_gpu, moves, backends.cuda))
+    outcomes = set()
+    for instructions in itertools.count(0, 3):
+        torch.manual_seed(0)
+        changes, weights = _changes(device, torch.bfloat16, kind)
+        before = [weight.clone() for weight in weights]
+        done: list[object] = []
+        was_interrupted = interrupted(lambda: change_(changes, done), instructions, own)  # noqa: B023
+        if done:
+            assert not all(map(torch.equal, weights, before))
+            undo_(changes, done)
+        assert all(map(torch.equal, weights, before))
+        outcomes.add((was_interrupted, bool(done)))
+        if not was_interrupted:
+            break
+    assert outcomes >= {(True, False), (False, True)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,14 +6,15 @@ Each function here changes a layer wholly or, after an exception, not at all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ia3_kernels import Residual, merge_, swap_, unmerge_
+from ia3_kernels import Residual, merge_
+from ia3_kernels.exact import Change, change_, undo_
 
 from ..errors import IA3Error
 from ..experts import ExpertsMatrix
@@ -25,13 +26,11 @@ from .quantized import Placement
 class MergedParameter:
     """What one parameter holds.
 
-    scale: the product of the vectors that it was multiplied with.
     residual: what undoes it. A parameter that others share has none: it was replaced by a scaled copy, and is kept as
         ``original``.
     written: which tensor it was and how often it had been written to, afterwards.
     """
 
-    scale: Tensor
     residual: Residual | None
     original: nn.Parameter | None
     written: tuple[int, int | None]
@@ -58,7 +57,7 @@ class MergeState:
     parameters: dict[str, MergedParameter] = field(default_factory=dict)
 
     def anew(self, is_suspended: bool | None = None) -> MergeState:
-        """Return the same, for :func:`put` to bring about."""
+        """Return the same, for :func:`put_all` to bring about."""
         is_suspended = self.is_suspended if is_suspended is None else is_suspended
         return replace(self, is_suspended=is_suspended, parameters={})
 
@@ -105,90 +104,83 @@ def check_unwritten(path: str, layer: Any) -> None:
             )
 
 
-def _move(
-    base: nn.Module,
-    name: str,
-    dim: int,
-    now: MergedParameter | None,
-    new: Tensor | None,
-    is_shared: bool,
-    done: list[Any],
-) -> MergedParameter | None:
-    """Let a parameter hold another scale; ``None`` is no scale. ``done`` is as in ``ia3_kernels.merge_``."""
-    parameter: Any = base._parameters[name]
-    if is_shared:
-        original = parameter if now is None or now.original is None else now.original
-        if new is None:
-            base._parameters[name] = original
-            return None
-        copy = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
-        merge_(as_stored(base, copy), new, dim)
-        base._parameters[name] = copy
-        return MergedParameter(new, None, original, _written(copy))
-    weight, residual = as_stored(base, parameter), None
-    if now is None:
-        residual = None if new is None else merge_(weight, new, dim, exact=True, done=done)
-    elif now.residual is not None:
-        if new is None:
-            unmerge_(weight, now.scale, dim, now.residual, done=done)
-        else:
-            residual = swap_(weight, now.scale, new, dim, now.residual, done=done)
-    return None if new is None or residual is None else MergedParameter(new, residual, None, _written(parameter))
+def put_all(changes: Sequence[tuple[Any, MergeState | None]]) -> None:
+    """Let the parameters of layers hold what each state says, which learns how to undo it; ``None``: nothing.
 
-
-def _move_back(
-    base: nn.Module, name: str, dim: int, now: MergedParameter | None, new: Tensor | None, found: Sequence[Tensor]
-) -> None:
-    """Undo :func:`_move` of a parameter that nobody shares; ``found`` is what the operator returned."""
-    moved = None
-    if new is not None:
-        parity = () if now is None or now.residual is None else (now.residual.parity,)
-        moved = MergedParameter(new, Residual(*parity, *found), None, (0, None))
-    restored = _move(base, name, dim, moved, None if now is None else now.scale, False, [])
-    if now is not None and restored is not None:
-        now.residual, now.written = restored.residual, restored.written
-
-
-def put(layer: Any, after: MergeState | None) -> None:
-    """Let the layer's parameters hold what ``after`` says, which learns how to undo it; ``None``: nothing.
-
-    After an exception, an interrupt at any point included, the layer is as it was.
+    After an exception, an interrupt at any point included, every layer is as it was.
     """
-    base, before = layer.base_layer, layer._merge_state
-    state = before or after
-    if state is None:
-        return
-    old, new = (None if state is None or state.is_suspended else state.scale for state in (before, after))
-    then = {} if before is None else before.parameters
-    # With what the parameter is and holds now, and whether it was moved (see ``done`` of ``ia3_kernels.merge_``).
-    steps: list[tuple[str, int, Any, Any, list[Any]]] = [
-        (name, dim, base._parameters[name], then.get(name), []) for name, dim in scaled_parameters(layer, base)
-    ]
+    befores = [layer._merge_state for layer, _ in changes]
+    steps: list[Change] = []
+    # Of each step: what the parameter held, the state that is to know of it, its name, and itself
+    noted: list[tuple[MergedParameter | None, MergeState | None, str, Any]] = []
+    # Parameters that scaled copies stand in for, or that such copies stood in for: where they are, and the one there
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    done: list[Any] = []
     try:
-        if state.placement is not None:
-            quantized.move(state.placement, new)
-        else:
-            for name, dim, _, now, done in steps:
-                moved = _move(base, name, dim, now, new, name in state.shared, done)
-                if after is not None and moved is not None:
-                    after.parameters[name] = moved
-        _note(layer, after)
+        for (layer, after), before in zip(changes, befores, strict=True):
+            state, base = before or after, layer.base_layer
+            if state is None:
+                continue
+            old, new = _held(before), _held(after)
+            if state.placement is not None:
+                quantized.move(state.placement, new)
+                continue
+            then = {} if before is None else before.parameters
+            for name, dim in scaled_parameters(layer, base):
+                now, parameter = then.get(name), base._parameters[name]
+                if name in state.shared:
+                    replaced.append((base._parameters, name, parameter))
+                    merged = _replace(base, name, dim, now, new)
+                    if after is not None and merged is not None:
+                        after.parameters[name] = merged
+                elif new is not None or now is not None:
+                    gone, residual = (None, None) if now is None else (old, now.residual)
+                    steps.append(Change(as_stored(base, parameter), gone, new, dim, residual))
+                    noted.append((now, after, name, parameter))
+        for residual, (_, after, name, parameter) in zip(change_(steps, done), noted, strict=True):
+            if after is not None and residual is not None:
+                after.parameters[name] = MergedParameter(residual, None, _written(parameter))
+        for layer, after in changes:
+            _note(layer, after)
     except BaseException:
-        if state.placement is not None:
-            quantized.move(state.placement, old)
-        for name, dim, parameter, now, done in steps:
-            if name in state.shared:
-                base._parameters[name] = parameter
-            elif done:
-                _move_back(base, name, dim, now, new, done[0])
-        _note(layer, before)
+        for (_, after), before in zip(changes, befores, strict=True):
+            state = before or after
+            if state is not None and state.placement is not None:
+                quantized.move(state.placement, _held(before))
+        for parameters, name, parameter in reversed(replaced):
+            parameters[name] = parameter
+        undone = undo_(steps, done) if done else [step.residual for step in steps]
+        # An interrupt within a step may have counted it as a write to the weight.
+        for residual, (now, _, _, parameter) in zip(undone, noted, strict=False):
+            if now is not None:
+                now.residual, now.written = residual, _written(parameter)
+        for (layer, _), before in zip(changes, befores, strict=True):
+            _note(layer, before)
         raise
 
 
-def restore(layer: Any, before: MergeState | None) -> None:
-    """Let the layer hold what it held when its state was ``before``."""
-    if layer._merge_state is not before:
-        put(layer, None if before is None else before.anew())
+def _held(state: MergeState | None) -> Tensor | None:
+    return None if state is None or state.is_suspended else state.scale
+
+
+def _replace(
+    base: nn.Module, name: str, dim: int, now: MergedParameter | None, new: Tensor | None
+) -> MergedParameter | None:
+    """Let a scaled copy stand in for a parameter that others share, or the parameter be itself again."""
+    original: Any = base._parameters[name] if now is None or now.original is None else now.original
+    if new is None:
+        base._parameters[name] = original
+        return None
+    copy = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
+    merge_(as_stored(base, copy), new, dim)
+    base._parameters[name] = copy
+    return MergedParameter(None, original, _written(copy))
+
+
+def restore(befores: Iterable[tuple[Any, MergeState | None]]) -> None:
+    """Let layers hold what they held when these were their states."""
+    changed = [(layer, before) for layer, before in befores if layer._merge_state is not before]
+    put_all([(layer, None if before is None else before.anew()) for layer, before in changed])
 
 
 @contextlib.contextmanager
@@ -198,7 +190,7 @@ def unmerged(layer: Any) -> Iterator[None]:
     if before is None or not before.is_exact:
         yield
         return
-    put(layer, before.anew(is_suspended=True))
+    put_all([(layer, before.anew(is_suspended=True))])
     try:
         yield
     finally:
@@ -206,7 +198,7 @@ def unmerged(layer: Any) -> Iterator[None]:
         if weight.is_meta:  # there is nothing to hold it any more
             forget(layer)
         else:
-            put(layer, replace(before.anew(), scale=before.scale.to(weight.device)))
+            put_all([(layer, replace(before.anew(), scale=before.scale.to(weight.device)))])
 
 
 def forget(layer: Any) -> None:

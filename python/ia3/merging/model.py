@@ -11,7 +11,7 @@ import contextlib
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ia3_kernels import stays_finite
+from ia3_kernels.exact import stay_finite
 
 from ..errors import IA3Error
 from ..experts import ExpertsMatrix
@@ -29,7 +29,7 @@ from ..patching import runs_class_forward
 from ..probing import CONVOLUTIONS, what_linear_computes
 from . import quantized
 from .formats import format_of
-from .layer import MergeState, as_stored, check_unwritten, put, restore, scaled_parameters
+from .layer import MergeState, as_stored, check_unwritten, put_all, restore, scaled_parameters
 from .quantized import Placement
 
 NamedLayer = tuple[str, Any]
@@ -72,24 +72,37 @@ def to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
     return [name for name in names if name in vectors and name not in merged]
 
 
-def _change(path: str, layer: Any, names: list[str]) -> _Change:
-    """Return what becomes of a layer that is to hold these adapters: their product is computed, and nothing done."""
-    if not names:
-        return path, layer, None
-    first, *others = (vector.detach().reshape(-1) for vector in vectors_of(layer, names))
-    # A copy, because vectors are trained on; in fp32 at least, so that a product is rounded to 16 bits once.
-    wide = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
-    before: MergeState | None = layer._merge_state
-    places = () if before is None else (before.shared, before.placement)
-    return path, layer, MergeState(names, functools.reduce(torch.mul, others, wide), *places)
+def _to_hold(wanted: Iterable[tuple[str, Any, list[str]]]) -> list[_Change]:
+    """Return what becomes of layers that are to hold these adapters: their products are computed, and nothing done."""
+    found = [(path, layer, names, list(vectors_of(layer, names))) for path, layer, names in wanted]
+    firsts = [vectors[0].detach().reshape(-1) for _, _, names, vectors in found if names]
+    # Copies, because vectors are trained on; in fp32 at least, so that a product is rounded to 16 bits once.
+    copies = [torch.empty_like(first, dtype=torch.promote_types(first.dtype, torch.float32)) for first in firsts]
+    if copies:
+        torch._foreach_copy_(copies, firsts)
+    scales, changes = iter(copies), list[_Change]()
+    for path, layer, names, vectors in found:
+        after = None
+        if names:
+            others = (vector.detach().reshape(-1) for vector in vectors[1:])
+            before: MergeState | None = layer._merge_state
+            places = () if before is None else (before.shared, before.placement)
+            after = MergeState(names, functools.reduce(torch.mul, others, next(scales)), *places)
+        changes.append((path, layer, after))
+    return changes
 
 
-def _check_finite(path: str, layer: Any, after: MergeState) -> None:
-    """Raise where scaling an unmerged layer would give a value that is not finite; one reading pass."""
-    base = layer.base_layer
-    for name, dim in scaled_parameters(layer, base):
-        weight = as_stored(base, base._parameters[name])
-        if not stays_finite(weight, after.scale, dim):
+def _check_finite(changes: Iterable[_Change]) -> None:
+    """Raise where scaling unmerged layers would give a value that is not finite; one reading pass."""
+    found = [
+        (path, after, name, as_stored(layer.base_layer, layer.base_layer._parameters[name]), dim)
+        for path, layer, after in changes
+        if after is not None and after.placement is None
+        for name, dim in scaled_parameters(layer, layer.base_layer)
+    ]
+    are_finite = stay_finite([(weight, after.scale, dim) for _, after, _, weight, dim in found])
+    for (path, after, name, weight, _), is_finite in zip(found, are_finite, strict=True):
+        if not is_finite:
             # PEFT's words first: scripts look for them.
             part = "weights" if name == "weight" else name
             raise IA3Error(
@@ -153,31 +166,13 @@ def _prepare(model: nn.Module, changes: Sequence[_Change], requantize: bool) -> 
 
 
 @contextlib.contextmanager
-def _all_or_none() -> Iterator[Callable[[Any, MergeState | None], None]]:
-    """Yield a function that brings a layer into a state; if the block raises, every layer gets its own back."""
-    done: list[tuple[Any, MergeState | None]] = []
-
-    def change(layer: Any, after: MergeState | None) -> None:
-        done.append((layer, layer._merge_state))
-        put(layer, after)
-
-    try:
-        yield change
-    except BaseException:
-        for layer, before in reversed(done):
-            restore(layer, before)
-        raise
-
-
-@contextlib.contextmanager
 def kept(layers: Iterable[NamedLayer]) -> Iterator[None]:
     """Let the layers' weights hold again what they do now, if the block raises."""
-    before = [(layer, layer._merge_state) for _, layer in layers]
+    befores = [(layer, layer._merge_state) for _, layer in layers]
     try:
         yield
     except BaseException:
-        for layer, state in reversed(before):
-            restore(layer, state)
+        restore(befores)
         raise
 
 
@@ -190,17 +185,23 @@ def _apply(
 ) -> None:
     """Change all of these layers, or after an exception (an interrupt, too) none."""
     _prepare(model, changes, requantize)
-    with _all_or_none() as change:
-        for path, layer, after in changes:
-            if safe and after is not None and after.placement is None and layer._merge_state is None:
-                _check_finite(path, layer, after)
-        for path, layer, after in tqdm(changes, "merging", disable=not progressbar):
-            if safe and after is not None and after.placement is None and layer._merge_state is not None:
-                # Its weights hold other vectors, and without them only can one tell.
-                change(layer, None)
-                _check_finite(path, layer, after)
-            change(layer, after)
-            if safe and after is not None and after.placement is not None:
+    with kept((path, layer) for path, layer, _ in changes):
+        if safe:
+            _check_finite(change for change in changes if change[1]._merge_state is None)
+            # Others' weights hold vectors, and without them only can one tell.
+            held = [
+                (path, layer, after)
+                for path, layer, after in changes
+                if layer._merge_state is not None and after is not None and after.placement is None
+            ]
+            put_all([(layer, None) for _, layer, _ in held])
+            _check_finite(held)
+        # All at once: a GPU is waited for once then. One after the other where somebody watches.
+        parts = [[change] for change in changes] if progressbar else [changes]
+        for part in tqdm(parts, "merging", disable=not progressbar):
+            put_all([(layer, after) for _, layer, after in part])
+        for _, _, after in changes if safe else ():
+            if after is not None and after.placement is not None:
                 quantized.check_finite(after.placement, after.names)
     _warn_of_errors([after.placement for _, _, after in changes if after is not None and after.placement is not None])
 
@@ -253,7 +254,7 @@ def merge_for_good(
 
 def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) -> list[_Change]:
     """Return the layers that are to hold more than they do; raises :class:`IA3Error` where PEFT has merged."""
-    changes = []
+    wanted = []
     for path, layer in layers:
         names = to_merge(layer, adapter_names)
         if names and layer.merged_adapters and layer._merge_state is None:
@@ -262,8 +263,8 @@ def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) 
                 "unmerge_adapter first."
             )
         if names:
-            changes.append(_change(path, layer, [*layer.merged_adapters, *names]))
-    return changes
+            wanted.append((path, layer, [*layer.merged_adapters, *names]))
+    return _to_hold(wanted)
 
 
 def _warn_of_errors(placements: Iterable[Placement]) -> None:
@@ -298,14 +299,14 @@ def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> 
     if not any(old in layer.merged_adapters for _, layer in layers):
         raise IA3Error(f"adapter {old!r} is not merged into any layer; merge_adapter it first, or merge {new!r} alone.")
     _check_enabled(layers)
-    changes = []
+    wanted = []
     for path, layer in layers:
         names = [name for name in layer.merged_adapters if name not in (old, new)]
         if new in layer.ia3_l:
             names.append(new)
         if names != layer.merged_adapters:
-            changes.append(_change(path, layer, names))
-    _apply(model, changes)
+            wanted.append((path, layer, names))
+    _apply(model, _to_hold(wanted))
 
 
 def suspend(layers: Iterable[NamedLayer], is_suspended: bool = True) -> None:
@@ -313,6 +314,4 @@ def suspend(layers: Iterable[NamedLayer], is_suspended: bool = True) -> None:
     merged = [(path, layer) for path, layer in layers if layer._merge_state and layer.is_suspended != is_suspended]
     for path, layer in merged:
         check_unwritten(path, layer)
-    with _all_or_none() as change:
-        for _, layer in merged:
-            change(layer, layer._merge_state.anew(is_suspended))
+    put_all([(layer, layer._merge_state.anew(is_suspended)) for _, layer in merged])
