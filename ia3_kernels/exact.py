@@ -179,9 +179,17 @@ def stays_finite(weight: Tensor, scale: Tensor, dim: int = 0) -> bool:
 
 def stay_finite(cases: Sequence[tuple[Tensor, Tensor, int]]) -> list[bool]:
     """Return what :func:`stays_finite` does of each weight, scale and dim; a GPU is waited for once."""
-    found = [_ops.stays_finite(*_matrix("stays_finite", "scale", *case)) for case in cases]
-    by_device = {tensor.device: [other for other in found if other.device == tensor.device] for tensor in found}
-    answers = {device: iter(torch.stack(tensors).tolist()) for device, tensors in by_device.items()}
+    checked = [_matrix("stays_finite", "scale", *case) for case in cases]
+    is_direct = _is_direct(*itertools.chain.from_iterable(checked))
+    found: list[Tensor] = []
+    for weight, *rest in checked:
+        backend, _ = backends.choose("stays_finite", weight.device.type, weight.dtype)
+        operator: Any = backend.operators["stays_finite"] if is_direct else _ops.stays_finite
+        found.append(operator(weight, *rest))
+    answers = {
+        device: iter(torch.stack([tensor for tensor in found if tensor.device == device]).tolist())
+        for device in {tensor.device for tensor in found}
+    }
     return [next(answers[tensor.device]) for tensor in found]
 
 

@@ -80,15 +80,16 @@ def move_all(kernel: Kernel, unit: int, moves: Sequence[Move], done: list[Any]) 
     ``done`` gets the results of all at the end. ``unit``: how many weights one of the kernel's has.
     """
     before = len(done)
-    prepared = [_launch_of(unit, move) for move in moves]
-    launches = [launch for launch, _ in prepared]
+    prepared: list[tuple[_Launch, Tensor]] = []
     launched: list[None] = []
     collects: list[tuple[Any, ...]] = []
     collected: list[None] = []
     try:
-        for launch in launches:
+        for move in moves:
+            prepared.append(_launch_of(unit, move))
             # In one instruction with the kernel: between two, an interrupt may come.
-            launched.extend(itertools.starmap(kernel, [(MOVE, *launch)]))
+            launched.extend(itertools.starmap(kernel, [(MOVE, *prepared[-1][0])]))
+        launches = [launch for launch, _ in prepared]
         counts = _escapes(launches)
         found = [
             (weight.new_empty(count, dtype=torch.int64), weight.new_empty(count, dtype=pattern_dtype(weight.dtype)))

@@ -25,6 +25,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,11 +43,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "build" / "gpu-bundle"
 # Seconds that each part may take: with a build of a minute, 13 minutes for all that run by default.
-SECONDS = {"probe": 75, "tests": 210, "host": 60, "protocol": 250, "merge": 60, "operators": 110, "sanitize": 300}
+SECONDS = {"probe": 40, "tests": 300, "host": 60, "protocol": 180, "merge": 50, "operators": 110, "sanitize": 300}
 DEFAULT = [part for part in SECONDS if part != "sanitize"]
 _BUILD_SECONDS = 300
 # What takes the time is compiling Triton kernels, which needs cores; the GPU's part is small.
-WORKERS = min(12, max(1, (os.cpu_count() or 1) * 3 // 4))
+WORKERS = min(16, os.cpu_count() or 1)
 # What has a place or a backend on a GPU; what proves GPU kernels without one has proved it elsewhere.
 TESTS = [
     f"tests/ia3_kernels/test_{name}.py" for name in ("cuda", "exact_gpu", "operators", "gradients", "mlp", "contract")
@@ -157,9 +158,13 @@ def tests(run: Run, seconds: float) -> _Outcome:
     """The tests that have something to say about a GPU."""
     workers = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") and not run.is_dry else []
     chosen = DRY_TESTS if run.is_dry else TESTS
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "--maxfail=30", *workers, *chosen]
+    # Every test's name as it ends: what is stopped has said which failed.
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--maxfail=30", *workers, *chosen]
     problem, lines = run.command(command, seconds)
-    return problem, [line[:158] for line in lines if line.startswith(("FAILED ", "ERROR "))] + lines[-1:]
+    # With workers the verdict comes first, without the name does.
+    verdict = re.compile(r"(?:FAILED|ERROR) (tests/.+?)(?: - .*)?\s*$|^(tests/.+?) (?:FAILED|ERROR)\b")
+    failed = dict.fromkeys(f"FAILED {match[1] or match[2]}"[:158] for match in map(verdict.search, lines) if match)
+    return problem, [*failed, *lines[-1:]]
 
 
 def sanitize(run: Run, seconds: float) -> _Outcome:

@@ -32,6 +32,8 @@ constexpr int kRowsAtOnce = 4;
 constexpr int kColumns = 8;
 constexpr int kUnit = 32 * kColumns;
 constexpr unsigned kWarp = 0xffffffffu;
+constexpr int64_t kBlocksInARow = 4;   // of rows, that a block of threads visits
+constexpr int64_t kManyBlocks = 1056;  // four times what the largest GPUs run at once
 
 // --- arithmetic on 32 bits: one fp32 weight, or two of 16 bits ----------------------------------------------------
 
@@ -272,9 +274,12 @@ __global__ void __launch_bounds__(kThreads) exact_scale_kernel(const __grid_cons
   uint8_t* const parity = args.parity + here.col / kColumns;
   const int64_t parity_stride = ceil_div<int64_t>(args.cols, kColumns);
   Factors<T, kWide, kScalesRows, true> old_factors, new_factors;
+  int64_t group = -1;  // whose columns' factors a thread has
   for (int64_t block = blockIdx.y; block < args.blocks; block += gridDim.y) {
     const Rows rows(args, block);
-    if (!kScalesRows && here.count != 0) {
+    const bool is_other_group = !kScalesRows && rows.group != group;
+    group = rows.group;
+    if (is_other_group && here.count != 0) {
       if constexpr (kTakesOut) old_factors.load(args.old_scale + rows.group * args.cols + here.col, here.count);
       if constexpr (kPutsIn) new_factors.load(args.new_scale + rows.group * args.cols + here.col, here.count);
     }
@@ -297,8 +302,10 @@ __global__ void __launch_bounds__(kThreads) exact_scale_kernel(const __grid_cons
       if constexpr (kScalesRows && kPutsIn) new_scale[i] = args.new_scale[row];
     }
     // Divisions have branches, which no load is moved across.
-    if constexpr (!kScalesRows && kTakesOut) old_factors.invert();
-    if constexpr (!kScalesRows && kPutsIn) new_factors.invert();
+    if (is_other_group) {
+      if constexpr (kTakesOut) old_factors.invert();
+      if constexpr (kPutsIn) new_factors.invert();
+    }
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       if (!is_visited[i]) continue;
@@ -416,7 +423,11 @@ ia3_status run(const ia3_exact_scale_args& given, ia3_stream stream) {
   Args args{given};
   args.blocks_a_group = ceil_div<int64_t>(given.rows_per_group, int64_t(tiling.block.y) * kRowsAtOnce);
   args.blocks = args.blocks_a_group * (given.rows / given.rows_per_group);
-  const dim3 grid(tiling.grid.x, unsigned(std::min(args.blocks, kMaxGridY)));
+  int64_t blocks = args.blocks;
+  // The factors of columns, with a division each, are kept over several blocks of rows; but a GPU wants to be filled.
+  if (!args.scales_rows)
+    blocks = std::max(ceil_div(blocks, kBlocksInARow), std::min(blocks, kManyBlocks / tiling.grid.x + 1));
+  const dim3 grid(tiling.grid.x, unsigned(std::min(blocks, kMaxGridY)));
   const auto start = [&](auto by_row, auto by_column) {
     return launch(args.scales_rows ? by_row : by_column, grid, tiling.block, args, stream);
   };

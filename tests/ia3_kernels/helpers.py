@@ -62,7 +62,7 @@ SAMPLE = 64
 
 
 def assert_accurate(
-    operator: Callable[..., Any], name: str, *args: Any, eager: Callable[..., Any] | None = None
+    operator: Callable[..., Any], name: str, *args: Any, eager: Callable[..., Any] | None = None, terms: int = 1
 ) -> None:
     """`operator`'s error against the fp64 oracle is at most twice the eager formula's in the same dtype.
 
@@ -70,6 +70,9 @@ def assert_accurate(
     is the floor below which neither can go. Over n elements either error is a sample, which spreads by 1 / √n: ours is
     allowed that much more, and the formula's is taken over `SAMPLE` elements at least. A single product of a sum
     that cancels may be off by nothing in one order of summation, and by many ulps in the other.
+
+    terms: products that are added up in fp32 in any order. One after the other, their partial sums grow as a random
+    walk's steps do, and their roundings come to 0.41 √terms half ulps; a formula that adds up in a tree errs less.
     """
     function = reference.OPERATORS[name]
     eager = eager or function
@@ -82,6 +85,8 @@ def assert_accurate(
             assert not result.numel() or not float(result.norm())
             continue
         floor = torch.finfo(args[0].dtype).eps / 2
+        if args[0].dtype == torch.float32:
+            floor *= max(1, 0.41 * terms**0.5)
         limit = 2 * (1 + result.numel() ** -0.5) * max(other, floor)
         assert error(result, oracle) <= limit, (name, error(result, oracle), limit)
 

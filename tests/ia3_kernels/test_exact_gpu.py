@@ -228,6 +228,23 @@ def test_the_host_asks_once_how_many_escapes_there_are(device: str, monkeypatch:
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_block_that_visits_many_rows_has_the_factors_of_their_group(groups: int, device: str) -> None:
+    if IS_SLOW:
+        pytest.skip("its programs visit a block of rows each")
+    before = torch.randn(80_000, 8, 1).to(torch.bfloat16)
+    scale, other = 0.5 + torch.rand(2, 8 * groups)
+    weight = before.to(device, copy=True)
+    residual = kernels.merge_(weight, scale.to(device), 1, exact=True)
+    expected = before.view(groups, -1, 8).float() * scale.view(groups, 1, 8)
+    assert torch.equal(weight.cpu().view(groups, -1, 8), expected.to(torch.bfloat16))
+    residual = kernels.swap_(weight, scale.to(device), other.to(device), 1, residual)
+    expected = before.view(groups, -1, 8).float() * other.view(groups, 1, 8)
+    assert torch.equal(weight.cpu().view(groups, -1, 8), expected.to(torch.bfloat16))
+    kernels.unmerge_(weight, other.to(device), 1, residual)
+    assert _same(weight.cpu(), before)
+
+
 # --- finite or not ------------------------------------------------------------------------------------------------
 
 

@@ -123,7 +123,8 @@ def test_scaled_linear(
                 if adapters and input_scale is None and output_scale is None:
                     continue
                 args = (x, weight, bias if with_bias else None, input_scale, output_scale, index)
-                assert_accurate(operators["scaled_linear"], "scaled_linear", *args)
+                # On a GPU each of two libraries adds up in an order of its own.
+                assert_accurate(operators["scaled_linear"], "scaled_linear", *args, terms=inputs if x.is_cuda else 1)
 
 
 @pytest.mark.usefixtures("matmul")
