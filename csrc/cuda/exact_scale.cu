@@ -274,11 +274,13 @@ __global__ void __launch_bounds__(kThreads) exact_scale_kernel(const __grid_cons
   uint8_t* const parity = args.parity + here.col / kColumns;
   const int64_t parity_stride = ceil_div<int64_t>(args.cols, kColumns);
   Factors<T, kWide, kScalesRows, true> old_factors, new_factors;
-  int64_t group = -1;  // whose columns' factors a thread has
+  // Of a swap by columns, whose factors take as long to compute as four rows of weights: kept until the group changes
+  constexpr bool kKeepsFactors = !kScalesRows && kStep == Step::kSwap;
+  int64_t group = -1;
   for (int64_t block = blockIdx.y; block < args.blocks; block += gridDim.y) {
     const Rows rows(args, block);
-    const bool is_other_group = !kScalesRows && rows.group != group;
-    group = rows.group;
+    const bool is_other_group = !kScalesRows && (!kKeepsFactors || rows.group != group);
+    if constexpr (kKeepsFactors) group = rows.group;
     if (is_other_group && here.count != 0) {
       if constexpr (kTakesOut) old_factors.load(args.old_scale + rows.group * args.cols + here.col, here.count);
       if constexpr (kPutsIn) new_factors.load(args.new_scale + rows.group * args.cols + here.col, here.count);
@@ -424,8 +426,8 @@ ia3_status run(const ia3_exact_scale_args& given, ia3_stream stream) {
   args.blocks_a_group = ceil_div<int64_t>(given.rows_per_group, int64_t(tiling.block.y) * kRowsAtOnce);
   args.blocks = args.blocks_a_group * (given.rows / given.rows_per_group);
   int64_t blocks = args.blocks;
-  // The factors of columns, with a division each, are kept over several blocks of rows; but a GPU wants to be filled.
-  if (!args.scales_rows)
+  // A swap by columns visits several blocks of rows in a row, for its factors' sake; but a GPU wants to be filled.
+  if (!args.scales_rows && args.old_scale != nullptr && args.new_scale != nullptr)
     blocks = std::max(ceil_div(blocks, kBlocksInARow), std::min(blocks, kManyBlocks / tiling.grid.x + 1));
   const dim3 grid(tiling.grid.x, unsigned(std::min(blocks, kMaxGridY)));
   const auto start = [&](auto by_row, auto by_column) {

@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -286,3 +286,13 @@ def source_folder(
                 f"({reason_of(error)}); name the folder of a saved adapter, or a repository that holds one."
             ) from error
     return folder / subfolder if subfolder else folder
+
+
+@contextmanager
+def expecting_no_config(bases: Iterable[str | None]) -> Iterator[None]:
+    """Let PEFT not warn in the block that a base which lies here, a GGUF file say, has no config.json beside it."""
+    with warnings.catch_warnings():
+        for base in bases:
+            if base and os.path.exists(base):
+                warnings.filterwarnings("ignore", f"Could not find a config file in {re.escape(base)} - ", UserWarning)
+        yield

@@ -34,7 +34,7 @@ from .checkpoint import (
 )
 from .config import IA3Config
 from .errors import IA3Error
-from .files import atomic_folder, source_folder
+from .files import atomic_folder, expecting_no_config, source_folder
 from .matching import Plan
 from .merging.model import kept
 from .peft_layers import injecting, staying
@@ -258,7 +258,8 @@ class PeftModel(peft.PeftModel):
             if (target / "README.md").is_file():
                 shutil.copyfile(target / "README.md", content / "README.md")
             try:
-                super().save_pretrained(str(content), *args, **kwargs)
+                with expecting_no_config(config.base_model_name_or_path for config in self.peft_config.values()):
+                    super().save_pretrained(str(content), *args, **kwargs)
             except KeyError as error:
                 raise IA3Error(
                     f"the state_dict lacks {error}; pass that of the whole model: nothing was saved."

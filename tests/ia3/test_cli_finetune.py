@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +376,9 @@ def test_the_adapter_of_a_gguf_file_names_it(
     tokenizer.pad_token = tokenizer.eos_token
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: tokenizer)
     monkeypatch.chdir(tmp_path)
-    assert finetune(Path("m.gguf"), text, tmp_path / "out", "--lr", 0.1) == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Could not find a config file")  # which a GGUF file's folder need not have
+        assert finetune(Path("m.gguf"), text, tmp_path / "out", "--lr", 0.1) == 0
     assert f"base_model: {tmp_path}\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
     assert 'from_pretrained("path/to/this/folder", gguf_file="m.gguf")' in (tmp_path / "out" / "README.md").read_text()
     monkeypatch.chdir("/")

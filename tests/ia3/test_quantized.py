@@ -470,5 +470,5 @@ def test_a_4bit_model_trains_on_after_an_evaluation(folder: Path) -> None:
     with torch.no_grad():
         model.eval()(input_ids=ids)
     after = _all_gradients(model.train(), ids)
-    # The layout keeps the blocks' scales in bf16, so that the two are not the same to the bit.
+    # The layout keeps the blocks' scales in bf16, so that the two are not bit-exactly the same.
     assert (after - before).norm() < 0.05 * before.norm()

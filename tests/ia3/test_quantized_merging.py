@@ -110,7 +110,7 @@ def _vector(model: ia3.PeftModel, adapter: str = "default") -> Tensor:
 
 
 def _bits(value: Any) -> Any:
-    """A copy of all that an object holds, which is equal to another only if it is so to the bit."""
+    """A copy of all that an object holds, which is equal to another only if it is so bit by bit."""
     if isinstance(value, Tensor):
         if hasattr(value, "qdata"):
             return [_bits(getattr(value, name)) for name in ("qdata", "scale", "zero_point", "block_size")]
@@ -121,7 +121,7 @@ def _bits(value: Any) -> Any:
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that the layers of a model hold, to the bit, scales outside of parameters included."""
+    """Everything that the layers of a model hold, bit by bit, scales outside of parameters included."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         for name, parameter in [*module._parameters.items(), *module._buffers.items()]:

@@ -1,4 +1,4 @@
-"""Scaling that is undone to the bit: every 16-bit pattern, any fp32 one, every layout, and whatever goes wrong."""
+"""Scaling that is undone bit-exactly: every 16-bit pattern, any fp32 one, every layout, and whatever goes wrong."""
 
 from __future__ import annotations
 

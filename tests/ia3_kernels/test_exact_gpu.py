@@ -1,6 +1,6 @@
 """Exact merging by the kernels of GPUs: CUDA's in the emulator, Triton's in its interpreter, both on a GPU.
 
-Whatever they are given, they do to the bit what the CPU does, so that the proofs of ``test_exact.py`` hold for them.
+Whatever they are given, they do bit-exactly what the CPU does, so that the proofs of ``test_exact.py`` hold for them.
 """
 
 from __future__ import annotations

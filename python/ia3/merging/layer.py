@@ -1,6 +1,6 @@
-"""What the parameters of one layer hold, and how they get from one vector to another, in place and bit-exactly.
+"""What the parameters of layers hold, and how they get from one vector to another, in place and bit-exactly.
 
-Each function here changes a layer wholly or, after an exception, not at all.
+Each function here changes all the layers that it is given or, after an exception, none.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What undoing takes is one bit a weight (``ia3_kernels.merge_``). Every merge is made so that it can be undone, because
 an error in one layer must leave those before it as they were; where nobody wants to unmerge, the bits are dropped
-afterwards. One layer's part is in :mod:`~ia3.merging.layer`.
+afterwards. How layers change is in :mod:`~ia3.merging.layer`; here is which, and to what.
 """
 
 from __future__ import annotations
