@@ -24,7 +24,7 @@ from . import autograd as _autograd  # registers the gradients where there is no
 from . import backends, formulas, reference, target
 from .backends import Choice, explain
 from .exact import Residual, merge_, stays_finite, swap_, unmerge_
-from .schemas import ACTIVATIONS, check_given, check_out
+from .schemas import ACTIVATIONS, block_error, check_given, check_out
 
 del _autograd
 
@@ -218,13 +218,18 @@ def gated_mlp(
         gate = scaled_linear(x, gate_weight, None, gate_scale)
         up = scaled_linear(x, up_weight, None, up_scale)
         return scaled_linear(gated_activation(gate, up, scale, activation), down_weight)
-    if _fast is not None:
-        y = _fast.gated_mlp(x, gate_weight, up_weight, down_weight, scale, activation, gate_scale, up_scale)
-        if y is not None:
-            return y  # type: ignore[no-any-return]
-    return _ops.gated_mlp(  # type: ignore[no-any-return]
-        x, gate_weight, up_weight, down_weight, scale, activation, gate_scale, up_scale
-    )
+    arguments = x, gate_weight, up_weight, down_weight, scale, activation, gate_scale, up_scale
+    try:
+        y = None if _fast is None else _fast.gated_mlp(*arguments)
+        return _ops.gated_mlp(*arguments) if y is None else y  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        layers = {
+            "up_weight": (up_weight, "IH"),
+            "gate_weight": (gate_weight, "IH"),
+            "down_weight": (down_weight, "NI"),
+        }
+        scales = {"scale": (scale, "I"), "gate_scale": (gate_scale, "H"), "up_scale": (up_scale, "H")}
+        raise block_error(error, "gated_mlp", x, layers, scales) from None
 
 
 def mlp(
@@ -256,11 +261,18 @@ def mlp(
     if torch.compiler.is_compiling():
         hidden = scaled_activation(scaled_linear(x, up_weight, up_bias), scale, activation)
         return scaled_linear(hidden, down_weight, down_bias)
-    if _fast is not None:
-        y = _fast.mlp(x, up_weight, down_weight, scale, activation, up_bias, down_bias)
-        if y is not None:
-            return y  # type: ignore[no-any-return]
-    return _ops.mlp(x, up_weight, down_weight, scale, activation, up_bias, down_bias)  # type: ignore[no-any-return]
+    arguments = x, up_weight, down_weight, scale, activation, up_bias, down_bias
+    try:
+        y = None if _fast is None else _fast.mlp(*arguments)
+        return _ops.mlp(*arguments) if y is None else y  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        layers = {
+            "up_weight": (up_weight, "IH"),
+            "down_weight": (down_weight, "NI"),
+            "up_bias": (up_bias, "I"),
+            "down_bias": (down_bias, "N"),
+        }
+        raise block_error(error, "mlp", x, layers, {"scale": (scale, "I")}) from None
 
 
 def _activation_into(

@@ -8,6 +8,7 @@ among the bit patterns, to one value, and the lowest bit of ``w`` tells them apa
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class Residual:
 class Change(NamedTuple):
     """What :func:`change_` does to a weight: ``old_scale`` out, ``new_scale`` in; None is no scale.
 
-    weight, scales, dim: as of :func:`merge_`. residual: what merging ``old_scale`` has returned.
+    weight, scales, dim: as of :func:`merge_`. residual: what merging ``old_scale`` has returned; None without one.
     """
 
     weight: Tensor
@@ -64,48 +65,53 @@ class Change(NamedTuple):
 def change_(changes: Sequence[Change], done: list[Any] | None = None) -> list[Residual | None]:
     """Merge, unmerge and swap the scales of many weights, bit-exactly: all of them, or after an exception none.
 
-    As :func:`merge_` with ``exact=True``, :func:`unmerge_` and :func:`swap_`, one after the other; but a GPU is waited
-    for once. No weight may come twice.
+    As :func:`merge_` with ``exact=True``, :func:`unmerge_` and :func:`swap_`, one after the other; but for weights of
+    one GPU that stand together it is waited once, and once more where old scales left positions to be checked.
 
     Args:
-        changes: the weights; of any devices.
-        done: an empty list that gets something in one step with the weights, so that whoever undoes what an interrupt
-            (``KeyboardInterrupt``) cut short sees whether they have changed: if it is not empty, :func:`undo_` is next.
+        changes: the weights, each of them once.
+        done: an empty list, for callers who undo what an interrupt (``KeyboardInterrupt``) cuts short. If it holds
+            something afterwards, the weights have changed, and :func:`undo_` takes them back.
 
     Returns:
         What undoes each: None where there is no new scale.
 
     Raises:
-        RuntimeError: a shape, dtype, device or layout does not fit; nothing was written.
+        RuntimeError: a shape, dtype, device or layout does not fit, or ``done`` is not empty; nothing was written.
         Whatever is raised, every weight is as it was.
     """
+    if done:
+        raise RuntimeError("change_: done holds something already; expected an empty list, a new one for each call.")
     moves = [_move_of(change) for change in changes]
-    results: list[Any] = [] if done is None else done
-    is_direct = _is_direct(*itertools.chain.from_iterable(move.arguments for move in moves))
-    try:
-        _go(moves, is_direct, results)
-        if is_direct:  # the dispatcher does it by itself
-            torch.autograd.graph.increment_version([move.weight for move in moves if not move.weight.is_inference()])
-    except BaseException:
-        back = [move.back(result) for move, result in zip(moves, results, strict=False)]
-        results.clear()
-        _go(back, is_direct, [])
-        raise
-    return [_residual_of(move.left(result)) for move, result in zip(moves, results, strict=True)]
+    return _change([] if done is None else done, moves)
 
 
 def undo_(changes: Sequence[Change], done: Sequence[Any]) -> list[Residual | None]:
-    """Take back what :func:`change_` has done, by its ``done``; returns what undoes each old scale."""
-    residuals = [_residual_of(_move_of(change).left(result)) for change, result in zip(changes, done, strict=True)]
-    return change_(
-        [
-            Change(change.weight, change.new_scale, change.old_scale, change.dim, residual)
-            for change, residual in zip(changes, residuals, strict=True)
-        ]
-    )
+    """Take back what :func:`change_` has done, by its ``done``, which is worth nothing after that.
+
+    Returns what undoes each old scale; raises as :func:`change_` does.
+    """
+    moves = [_move_of(change).back(result) for change, result in zip(changes, done, strict=True)]
+    return _change([], moves[::-1])[::-1]
 
 
-def _residual_of(tensors: Sequence[Tensor]) -> Residual | None:
+def _change(done: list[Any], moves: Sequence[Move]) -> list[Residual | None]:
+    """Run what runs the weights' operators, device by device; ``done`` gets what they return."""
+    is_direct = _is_direct(*itertools.chain.from_iterable(move.arguments for move in moves))
+    try:
+        _go(moves, is_direct, done)
+        if is_direct:  # the dispatcher would have counted the writes
+            torch.autograd.graph.increment_version([move.weight for move in moves if not move.weight.is_inference()])
+    except BaseException:
+        back = [move.back(result) for move, result in zip(moves, done, strict=False)]
+        done.clear()
+        _go(back[::-1], is_direct, [])
+        raise
+    return [_residual_of(move, result) for move, result in zip(moves, done, strict=True)]
+
+
+def _residual_of(move: Move, result: Any) -> Residual | None:
+    tensors = move.left(result)
     return Residual(*tensors) if tensors else None
 
 
@@ -130,13 +136,13 @@ def merge_(weight: Tensor, scale: Tensor, dim: int = 0, *, exact: bool = False, 
         Whatever is raised, the weight is as it was.
     """
     matrix, factors, along = _matrix("merge_", "scale", weight, scale, dim)
-    if safe and not bool(_ops.stays_finite(matrix, factors, along)):
+    if safe and not bool(_finite(matrix, factors, along)):
         raise ValueError(
             f"merge_: the scaled weight would not be finite in {str(weight.dtype).removeprefix('torch.')}; correct the "
             "scale, or merge without safe: nothing was written."
         )
     if exact:
-        return change_([Change(weight, None, scale, dim)])[0]
+        return _change([], [Move(matrix, None, factors, along)])[0]
     if along == 0:
         _ops.scale_weight_(matrix, factors, 0)
     else:
@@ -174,18 +180,12 @@ def swap_(
 
 def stays_finite(weight: Tensor, scale: Tensor, dim: int = 0) -> bool:
     """Return whether :func:`merge_` would give finite values only; one reading pass, its arguments, its errors."""
-    return stay_finite([(weight, scale, dim)])[0]
+    return bool(_finite(*_matrix("stays_finite", "scale", weight, scale, dim)))
 
 
 def stay_finite(cases: Sequence[tuple[Tensor, Tensor, int]]) -> list[bool]:
     """Return what :func:`stays_finite` does of each weight, scale and dim; a GPU is waited for once."""
-    checked = [_matrix("stays_finite", "scale", *case) for case in cases]
-    is_direct = _is_direct(*itertools.chain.from_iterable(checked))
-    found: list[Tensor] = []
-    for weight, *rest in checked:
-        backend, _ = backends.choose("stays_finite", weight.device.type, weight.dtype)
-        operator: Any = backend.operators["stays_finite"] if is_direct else _ops.stays_finite
-        found.append(operator(weight, *rest))
+    found = [_finite(*_matrix("stays_finite", "scale", *case)) for case in cases]
     answers = {
         device: iter(torch.stack([tensor for tensor in found if tensor.device == device]).tolist())
         for device in {tensor.device for tensor in found}
@@ -193,9 +193,20 @@ def stay_finite(cases: Sequence[tuple[Tensor, Tensor, int]]) -> list[bool]:
     return [next(answers[tensor.device]) for tensor in found]
 
 
+def _finite(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
+    operator = _ops.stays_finite
+    if _is_direct(weight, scale, dim):
+        operator = backends.choose("stays_finite", weight.device.type, weight.dtype)[0].operators["stays_finite"]
+    return operator(weight, scale, dim)  # type: ignore[no-any-return]
+
+
 def _move_of(change: Change) -> Move:
     """Return a change with its weight as a matrix; raises a sentence for what does not fit."""
     weight, old, new, dim, residual = change
+    if old is None and new is None:
+        raise RuntimeError("change_: neither an old scale nor a new one is given; give one of them, or both.")
+    if old is None and residual is not None:
+        raise RuntimeError("change_: a residual is given without the old scale that left it; give both, or neither.")
     matrix, along = weight, dim
     tensors: tuple[Tensor, ...] = ()
     if new is not None:
@@ -205,13 +216,13 @@ def _move_of(change: Change) -> Move:
         op, name = ("unmerge_", "scale") if new is None else ("swap_", "old_scale")
         matrix, old, along = _matrix(op, name, weight, old, dim)
         tensors = _tensors(op, matrix, residual)
-    if old is None and new is None:
-        raise RuntimeError("change_: neither an old scale nor a new one is given; give one of them, or both.")
+    if along == 1 and old is not None and new is not None and len(old) != len(new):  # a convolution's groups
+        groups = math.lcm(len(old), len(new))
+        old, new = (scale.repeat_interleave(groups // len(scale), 0) for scale in (old, new))
     return Move(matrix, old, new, along, tensors)
 
 
 def _go(moves: Sequence[Move], is_direct: bool, done: list[Any]) -> None:
-    """Run what runs the weights' operators, device by device; ``done`` gets the results of what has moved."""
     if not is_direct:
         move_each(lambda op: getattr(_ops, op).default._op, moves, done)
         return
@@ -229,7 +240,8 @@ def _runner(move: Move) -> tuple[backends.Backend, torch.device]:
 def _is_direct(*arguments: Any) -> bool:
     """Return whether all there is to calling an operator with these arguments is running its kernel.
 
-    Then the backend is called itself: the dispatcher takes longer than a small weight does.
+    Neither a mode nor a subclass nor a trace has a say then, and the backend is called itself: the dispatcher takes
+    longer than a small weight does.
     """
     return (
         not torch.compiler.is_compiling()

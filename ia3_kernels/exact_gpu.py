@@ -3,7 +3,7 @@
 One pass reads and writes a weight. It leaves alone every unit, a warp's adjacent weights of a row, that has escapes,
 and counts them; so the host need not know how many there are until it asks, once for all the weights that it has
 launched. If there are any, a second launch visits those units alone. If there is no memory for them, one takes back all
-others.
+others. Where old scales left escapes, it asks once before that whether their positions are in order.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def _launch_of(unit: int, move: Move) -> tuple[_Launch, Tensor]:
     bits: Tensor | None = None
     if residual:
         parity, *escapes = residual
-        check_positions(move.operator, weight, escapes[0])
         positions, bits = escapes if len(escapes[0]) else (None, None)
     else:
         parity = weight.new_empty(parity_shape(weight), dtype=torch.uint8)
@@ -75,48 +74,51 @@ def _escapes(launches: Sequence[_Launch]) -> list[int]:
 
 
 def move_all(kernel: Kernel, unit: int, moves: Sequence[Move], done: list[Any]) -> None:
-    """Take old scales out of weights of one device and put new ones in; after an exception, an interrupt too, none.
+    """Take old scales out of weights of one device and put new ones in; after an exception none has changed.
 
-    ``done`` gets the results of all at the end. ``unit``: how many weights one of the kernel's has.
+    After an interrupt neither, if the kernel is a compiled function, which either has run or has not. ``done`` gets the
+    results of all at the end. ``unit``: how many weights one of the kernel's has.
     """
+    check_positions(*((move.operator, move.weight, move.residual[1]) for move in moves if move.residual))
     before = len(done)
     prepared: list[tuple[_Launch, Tensor]] = []
-    launched: list[None] = []
     collects: list[tuple[Any, ...]] = []
+    # What the kernel returned, None for each launch: in one instruction with it, since an interrupt comes between two.
+    moved: list[None] = []
     collected: list[None] = []
     try:
         for move in moves:
             prepared.append(_launch_of(unit, move))
-            # In one instruction with the kernel: between two, an interrupt may come.
-            launched.extend(itertools.starmap(kernel, [(MOVE, *prepared[-1][0])]))
+            moved.extend(itertools.starmap(kernel, [(MOVE, *prepared[-1][0])]))
         launches = [launch for launch, _ in prepared]
         counts = _escapes(launches)
         found = [
             (weight.new_empty(count, dtype=torch.int64), weight.new_empty(count, dtype=pattern_dtype(weight.dtype)))
             for (weight, *_), count in zip(launches, counts, strict=True)
         ]
-        rest = [
-            (COLLECT, *launch, counts_of(launch.workspace).cumsum(0), *escapes)
-            for launch, count, escapes in zip(launches, counts, found, strict=True)
-            if count and launch.workspace is not None
-        ]
         results = [
             None if launch.new is None else escapes if launch.old is not None else (launch.parity, *escapes)
             for launch, escapes in zip(launches, found, strict=True)
         ]
-        collects = rest
+        # Once these are there, so is all the memory, and whatever cuts them short, they are finished first.
+        collects = [
+            (COLLECT, *launch, counts_of(launch.workspace).cumsum(0), *escapes)
+            for launch, count, escapes in zip(launches, counts, found, strict=True)
+            if count and launch.workspace is not None
+        ]
         for arguments in collects:
             collected.extend(itertools.starmap(kernel, [arguments]))
         done.extend(results)
     except BaseException:
         if len(done) > before:
             raise
-        if collects:  # which need nothing that they have not got
+        if collects:
             for arguments in collects[len(collected) :]:
                 kernel(*arguments)
-            move_all(kernel, unit, [move.back(result) for move, result in zip(moves, results, strict=True)], [])
+            back = [move.back(result) for move, result in zip(moves, results, strict=True)]
+            move_all(kernel, unit, back[::-1], [])
             raise
-        for (launch, workspace), _ in zip(prepared, launched, strict=False):
+        for launch, workspace in reversed(prepared[: len(moved)]):
             weight, old, new, dim, parity, *_ = launch
             if launch.workspace is None:
                 workspace.zero_()  # no unit has escapes
@@ -127,19 +129,19 @@ def move_all(kernel: Kernel, unit: int, moves: Sequence[Move], done: list[Any]) 
 def operators(kernel: Kernel, unit: int) -> dict[str, Callable[..., Any]]:
     """Return the operators of exact merging around a kernel, whose units have so many weights."""
 
-    def move(*move: Any) -> Any:
+    def go(*move: Any) -> Any:
         done: list[Any] = []
         move_all(kernel, unit, [Move(*move)], done)
         return done[0]
 
     def merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> Any:
-        return move(weight, None, scale, dim)
+        return go(weight, None, scale, dim)
 
     def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, *residual: Tensor) -> None:
-        move(weight, scale, None, dim, residual)
+        go(weight, scale, None, dim, residual)
 
     def swap_exact_(weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, *residual: Tensor) -> Any:
-        return move(weight, old_scale, new_scale, dim, residual)
+        return go(weight, old_scale, new_scale, dim, residual)
 
     def stays_finite(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
         if not weight.numel():

@@ -114,14 +114,21 @@ def _joined(escapes: _Escapes, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([nothing[0], *escapes[0]]), torch.cat([nothing[1], *escapes[1]])
 
 
-def check_positions(op: str, weight: Tensor, positions: Tensor) -> None:
-    """Raise a sentence unless a residual's positions ascend within the weight; waits for a GPU where there are any."""
-    if not len(positions):
-        return
-    torch._check(
-        bool((positions.diff() > 0).all() & (positions[0] >= 0) & (positions[-1] < weight.numel())),
-        lambda: f"{op}: positions are not ascending, or not below {weight.numel()}; expected the residual of a merge.",
-    )
+def check_positions(*cases: tuple[str, Tensor, Tensor]) -> None:
+    """Raise a sentence unless positions of residuals ascend within their weights; waits for a GPU where there are any.
+
+    cases: operator, weight and positions of each; all on one device.
+    """
+    cases = tuple(case for case in cases if len(case[2]))
+    fit = [
+        (positions.diff() > 0).all() & (positions[0] >= 0) & (positions[-1] < weight.numel())
+        for _, weight, positions in cases
+    ]
+    for (op, weight, _), fits in zip(cases, torch.stack(fit).tolist() if fit else (), strict=True):
+        if not fits:
+            raise RuntimeError(
+                f"{op}: positions are not ascending, or not below {weight.numel()}; expected the residual of a merge."
+            )
 
 
 def _by_block(blocks: list[slice], weight: Tensor, positions: Tensor) -> list[slice]:
@@ -157,7 +164,7 @@ def merge_exact_(weight: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tenso
 
 
 def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor) -> None:
-    check_positions("unmerge_exact_", weight, positions)
+    check_positions(("unmerge_exact_", weight, positions))
     scaling, blocks = _Scaling(weight, scale, dim), list(_blocks(weight))
     found = _by_block(blocks, weight, positions)
 
@@ -170,7 +177,7 @@ def unmerge_exact_(weight: Tensor, scale: Tensor, dim: int, parity: Tensor, posi
 def swap_exact_(
     weight: Tensor, old_scale: Tensor, new_scale: Tensor, dim: int, parity: Tensor, positions: Tensor, bits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    check_positions("swap_exact_", weight, positions)
+    check_positions(("swap_exact_", weight, positions))
     old, new, blocks = _Scaling(weight, old_scale, dim), _Scaling(weight, new_scale, dim), list(_blocks(weight))
     found = _by_block(blocks, weight, positions)
     escapes: _Escapes = ([], [])

@@ -9,7 +9,7 @@ is indexed, a vector scales every row.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -249,6 +249,37 @@ def check_scale_pair(x: Tensor, first: Tensor, second: Tensor) -> None:
         _check_scale(op, name, scale, x.shape[-1], x, None)
 
 
+def block_error(
+    error: RuntimeError,
+    op: str,
+    x: Tensor,
+    layers: Mapping[str, tuple[Tensor | None, str]],
+    scales: Mapping[str, tuple[Tensor | None, str]],
+) -> RuntimeError:
+    """Return what is wrong with a feed-forward block's arguments in its own words, or the error if it is not that.
+
+    The operators that a block is made of name their own. layers: weights and biases, with the letters of their shapes,
+    of which the first that has one says its size; scales likewise. x is ``[*, H]``.
+    """
+    try:
+        _check_dtype(op, "x", x)
+        sizes = {"H": x.shape[-1]} if x.dim() else {}
+        for name, (tensor, letters) in layers.items():
+            if tensor is None:
+                continue
+            _check_same(op, name, tensor, "x", x)
+            shape, own = _shape(tensor), zip(letters, tensor.shape, strict=False)
+            fits = len(shape) == len(letters) and all(sizes.setdefault(letter, size) == size for letter, size in own)
+            expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+            if not fits:
+                return RuntimeError(f"{op}: {name} has shape {shape}; expected [{expected}].")
+        for name, (scale, letter) in scales.items():
+            _check_scale(op, name, scale, sizes[letter], x, None)
+    except RuntimeError as found:
+        return found
+    return error
+
+
 def check_out(op: str, out: Tensor, like: Tensor, *others: Tensor | None) -> None:
     """Raise a sentence unless a result can be written into ``out``, computed from ``like`` and others."""
     for name, tensor in (("out", out), ("the input", like)):
@@ -414,6 +445,13 @@ def check_arguments(op: str, *args: Any) -> None:
             check_residual(op, weight, *residual)
         case "swap_exact_", [weight, old_scale, new_scale, dim, *residual]:
             check_exact(op, weight, dim, old_scale=old_scale, new_scale=new_scale)
+            _check(
+                old_scale.shape == new_scale.shape,
+                lambda: (
+                    f"{op}: old_scale has shape {_shape(old_scale)}, but new_scale has {_shape(new_scale)}; expected "
+                    "equal shapes."
+                ),
+            )
             check_residual(op, weight, *residual)
 
 

@@ -17,6 +17,7 @@ from torch.library import opcheck
 
 import ia3_kernels as kernels
 from ia3_kernels import Residual, backends, exact_reference
+from ia3_kernels.exact import Change, change_, undo_
 
 from .helpers import needs_native
 from .test_exact import DTYPES, _same, _scales
@@ -243,6 +244,37 @@ def test_running_out_of_memory_half_way_leaves_the_weight_whole() -> None:
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.split()[::2] == ["whole", "whole"], done.stdout + done.stderr
+
+
+# --- many weights at once -----------------------------------------------------------------------------------------
+
+
+def test_changes_that_make_no_sense_get_a_sentence() -> None:
+    weight, scale = torch.randn(5, 6), torch.rand(5) + 0.5
+    before = weight.clone()
+    residual = kernels.merge_(weight.clone(), scale, exact=True)
+    for changes, done, sentence in (
+        ([Change(weight, None, None)], [], "neither an old scale nor a new one is given"),
+        ([Change(weight, None, scale, 0, residual)], [], "a residual is given without the old scale"),
+        ([Change(weight, None, scale)], [None], "done holds something already"),
+        ([Change(weight, None, scale), Change(weight, None, scale[:4])], [], r"scale has shape \[4\]"),
+        ([Change(weight, scale, None)], [], "residual is None; expected what merge_ returns"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            change_(changes, done)
+        assert torch.equal(weight, before)
+    assert change_([]) == []
+
+
+def test_what_is_undone_is_undone_in_reverse() -> None:
+    # Twice the same weight, which nobody should give, shows the order.
+    weight, scales = torch.randn(9, 64).to(torch.bfloat16), torch.rand(2, 9) + 0.5
+    before = weight.clone()
+    done: list[Any] = []
+    changes = [Change(weight, None, scale) for scale in scales]
+    change_(changes, done)
+    undo_(changes, done)
+    assert torch.equal(weight, before)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

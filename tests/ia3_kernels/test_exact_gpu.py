@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -243,6 +244,37 @@ def test_a_block_that_visits_many_rows_has_the_factors_of_their_group(groups: in
     assert torch.equal(weight.cpu().view(groups, -1, 8), expected.to(torch.bfloat16))
     kernels.unmerge_(weight, other.to(device), 1, residual)
     assert _same(weight.cpu(), before)
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (1, 4), (4, 2)])
+def test_a_convolution_swaps_between_other_numbers_of_groups(old: int, new: int, device: str) -> None:
+    before = torch.randn(8, 3, 3, 3).to(torch.bfloat16)
+    first, second = (0.5 + torch.rand(3 * groups) for groups in (old, new))
+    weight, expected = before.to(device, copy=True), before.clone()
+    residual = kernels.merge_(weight, first.to(device), 1, exact=True)
+    residual = kernels.swap_(weight, first.to(device), second.to(device), 1, residual)
+    kernels.merge_(expected, second, 1)
+    assert _same(weight.cpu(), expected)
+    kernels.unmerge_(weight, second.to(device), 1, residual)
+    assert _same(weight.cpu(), before)
+
+
+def test_the_host_asks_once_for_all_weights(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(real: Any, tensor: Tensor) -> Any:
+        asked.append(real)
+        return real(tensor)
+
+    for name in ("tolist", "__bool__", "item"):
+        monkeypatch.setattr(Tensor, name, functools.partialmethod(functools.partial(counted, getattr(Tensor, name))))
+    weights = [torch.randn(6, 40).to(torch.bfloat16).to(device) for _ in range(5)]
+    first, second = (0.5 + torch.rand(2, 6)).to(device)
+    first[2] = 0.0  # whose row escapes whole
+    residuals = change_([Change(weight, None, first) for weight in weights])
+    assert len(asked) == 1
+    change_([Change(weight, first, second, 0, residual) for weight, residual in zip(weights, residuals, strict=True)])
+    assert len(asked) == 3  # whether positions ascend, too
 
 
 # --- finite or not ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,3 +84,42 @@ for weight in (torch.randn(3, 0, requires_grad=True), torch.randn(0, 3, requires
     assert bias.grad.tolist() == [2.0] * len(weight) and weight.grad.shape == weight.shape
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+
+
+X, INNER, OUTER = torch.randn(2, 8), torch.randn(12, 8), torch.randn(5, 12)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"gate_scale": torch.ones(7), "up_scale": torch.ones(8)}, "gated_mlp: gate_scale has shape [7]; expected [8]"),
+        ({"up_scale": torch.ones(9)}, "gated_mlp: up_scale has shape [9]; expected [8]"),
+        ({"scale": torch.ones(12).int()}, "gated_mlp: scale has dtype torch.int32; expected a floating-point dtype."),
+        ({"gate_weight": torch.randn(11, 8)}, "gated_mlp: gate_weight has shape [11, 8]; expected [12, 8]."),
+        ({"down_weight": torch.randn(5, 11)}, "gated_mlp: down_weight has shape [5, 11]; expected [N, 12]."),
+        ({"x": X.double()}, "gated_mlp: up_weight has dtype torch.float32, but x has torch.float64; convert one"),
+        ({"activation": "tanh"}, "gated_activation: activation is 'tanh'; expected one of"),
+    ],
+    ids=str,
+)
+def test_a_gated_block_names_its_own_arguments(changed: dict[str, Any], sentence: str) -> None:
+    given: dict[str, Any] = {"x": X, "gate_weight": INNER, "up_weight": INNER, "down_weight": OUTER}
+    with pytest.raises(RuntimeError, match=re.escape(sentence)) as caught:
+        ik.gated_mlp(**given | changed)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"scale": torch.ones(11)}, "mlp: scale has shape [11]; expected [12]"),
+        ({"up_bias": torch.ones(11)}, "mlp: up_bias has shape [11]; expected [12]."),
+        ({"down_bias": torch.ones(1, 5)}, "mlp: down_bias has shape [1, 5]; expected [5]."),
+        ({"up_weight": torch.randn(12)}, "mlp: up_weight has shape [12]; expected [12, 8]."),
+    ],
+    ids=str,
+)
+def test_a_plain_block_names_its_own_arguments(changed: dict[str, Any], sentence: str) -> None:
+    given: dict[str, Any] = {"x": X, "up_weight": INNER, "down_weight": OUTER}
+    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+        ik.mlp(**given | changed)

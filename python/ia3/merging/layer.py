@@ -6,6 +6,7 @@ Each function here changes all the layers that it is given or, after an exceptio
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,12 +29,15 @@ class MergedParameter:
 
     residual: what undoes it. A parameter that others share has none: it was replaced by a scaled copy, and is kept as
         ``original``.
-    written: which tensor it was and how often it had been written to, afterwards.
+    written: which tensor it was and how often it had been written to, afterwards; None in a copy of the layer.
     """
 
     residual: Residual | None
     original: nn.Parameter | None
-    written: tuple[int, int | None]
+    written: tuple[weakref.ref[Tensor], int | None] | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "written": None}
 
 
 @dataclass
@@ -77,8 +81,13 @@ def as_stored(base: nn.Module, parameter: Tensor) -> Tensor:
     return parameter.t() if isinstance(base, Conv1D) and parameter.dim() == 2 else parameter
 
 
-def _written(parameter: Tensor) -> tuple[int, int | None]:
-    return id(parameter), None if parameter.is_inference() else parameter._version
+def _written(parameter: Tensor) -> tuple[weakref.ref[Tensor], int | None]:
+    return weakref.ref(parameter), None if parameter.is_inference() else parameter._version
+
+
+def _is_unwritten(parameter: Tensor, now: MergedParameter) -> bool:
+    """Return whether nobody has written to a parameter since it holds this; another one brought its residual along."""
+    return now.written is None or now.written[0]() is not parameter or now.written == _written(parameter)
 
 
 def check_unwritten(path: str, layer: Any) -> None:
@@ -94,69 +103,79 @@ def check_unwritten(path: str, layer: Any) -> None:
             f"{', '.join(state.names)} was merged into {path!r} with exact=False, which keeps nothing to undo it with; "
             "load the base model again, or merge with exact=True."
         )
-    for name, parameter in state.parameters.items():
-        now = _written(layer.base_layer._parameters[name])
-        # Another object is a copy of the layer, which brought its residual along.
-        if parameter.residual is not None and now[0] == parameter.written[0] and now[1] != parameter.written[1]:
+    for name, now in state.parameters.items():
+        if now.residual is not None and not _is_unwritten(layer.base_layer._parameters[name], now):
             raise IA3Error(
                 f"the {name} of {path!r} was written to while {', '.join(state.names)} was merged into it, so that "
                 "merging cannot be undone; load the base model again, and unmerge_adapter before you change weights."
             )
 
 
-def put_all(changes: Sequence[tuple[Any, MergeState | None]]) -> None:
+@dataclass
+class _Step:
+    """A parameter whose weights are to change.
+
+    now: what it holds; None for no scale. after: the state of its layer that is to know what undoes the change.
+    """
+
+    parameter: Any
+    name: str
+    change: Change
+    now: MergedParameter | None
+    after: MergeState | None
+
+
+def put_all(changes: Iterable[tuple[Any, MergeState | None]]) -> None:
     """Let the parameters of layers hold what each state says, which learns how to undo it; ``None``: nothing.
 
-    After an exception, an interrupt at any point included, every layer is as it was.
+    After an exception every layer is as it was; after an interrupt at any point too, where compiled kernels change the
+    weights (Triton's launches and the reference are Python, within which one may come).
     """
-    befores = [layer._merge_state for layer, _ in changes]
-    steps: list[Change] = []
-    # Of each step: what the parameter held, the state that is to know of it, its name, and itself
-    noted: list[tuple[MergedParameter | None, MergeState | None, str, Any]] = []
-    # Parameters that scaled copies stand in for, or that such copies stood in for: where they are, and the one there
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    wanted = [(layer, layer._merge_state, after) for layer, after in changes]
+    steps: list[_Step] = []
     done: list[Any] = []
-    try:
-        for (layer, after), before in zip(changes, befores, strict=True):
+    with contextlib.ExitStack() as undo:  # all of it runs, even where some of it raises
+        undo.callback(_take_back, steps, done)
+        for layer, before, after in wanted:
             state, base = before or after, layer.base_layer
-            if state is None:
+            if state is None:  # PEFT may have merged it, and its note stays
                 continue
+            undo.callback(_note, layer, before)
             old, new = _held(before), _held(after)
             if state.placement is not None:
+                undo.callback(quantized.move, state.placement, old)
                 quantized.move(state.placement, new)
                 continue
             then = {} if before is None else before.parameters
             for name, dim in scaled_parameters(layer, base):
                 now, parameter = then.get(name), base._parameters[name]
                 if name in state.shared:
-                    replaced.append((base._parameters, name, parameter))
+                    undo.callback(base._parameters.__setitem__, name, parameter)
                     merged = _replace(base, name, dim, now, new)
                     if after is not None and merged is not None:
                         after.parameters[name] = merged
                 elif new is not None or now is not None:
                     gone, residual = (None, None) if now is None else (old, now.residual)
-                    steps.append(Change(as_stored(base, parameter), gone, new, dim, residual))
-                    noted.append((now, after, name, parameter))
-        for residual, (_, after, name, parameter) in zip(change_(steps, done), noted, strict=True):
-            if after is not None and residual is not None:
-                after.parameters[name] = MergedParameter(residual, None, _written(parameter))
-        for layer, after in changes:
-            _note(layer, after)
-    except BaseException:
-        for (_, after), before in zip(changes, befores, strict=True):
-            state = before or after
-            if state is not None and state.placement is not None:
-                quantized.move(state.placement, _held(before))
-        for parameters, name, parameter in reversed(replaced):
-            parameters[name] = parameter
-        undone = undo_(steps, done) if done else [step.residual for step in steps]
-        # An interrupt within a step may have counted it as a write to the weight.
-        for residual, (now, _, _, parameter) in zip(undone, noted, strict=False):
-            if now is not None:
-                now.residual, now.written = residual, _written(parameter)
-        for (layer, _), before in zip(changes, befores, strict=True):
-            _note(layer, before)
-        raise
+                    change = Change(as_stored(base, parameter), gone, new, dim, residual)
+                    steps.append(_Step(parameter, name, change, now, after))
+        for step, found in zip(steps, change_([step.change for step in steps], done), strict=True):
+            if step.after is not None and found is not None:
+                step.after.parameters[step.name] = MergedParameter(found, None, _written(step.parameter))
+        for layer, before, after in wanted:
+            if before is not None or after is not None:
+                _note(layer, after)
+        undo.pop_all()
+
+
+def _take_back(steps: Sequence[_Step], done: Sequence[Any]) -> None:
+    """Let parameters hold what they did before :func:`change_`, if that has changed them.
+
+    Their states count no write that is undone; those of others were looked for before (:func:`check_unwritten`).
+    """
+    changes = [step.change for step in steps]
+    for step, residual in zip(steps, undo_(changes, done) if done else [c.residual for c in changes], strict=True):
+        if step.now is not None:
+            step.now.residual, step.now.written = residual, _written(step.parameter)
 
 
 def _held(state: MergeState | None) -> Tensor | None:
@@ -190,15 +209,25 @@ def unmerged(layer: Any) -> Iterator[None]:
     if before is None or not before.is_exact:
         yield
         return
+    check_unwritten("layer", layer)
     put_all([(layer, before.anew(is_suspended=True))])
-    try:
-        yield
-    finally:
-        weight = layer.base_layer._parameters["weight"]
-        if weight.is_meta:  # there is nothing to hold it any more
-            forget(layer)
-        else:
-            put_all([(layer, replace(before.anew(), scale=before.scale.to(weight.device)))])
+    with contextlib.ExitStack() as otherwise:
+        if not before.is_suspended:
+            otherwise.callback(_forget_suspended, layer)
+        try:
+            yield
+        finally:
+            weight = layer.base_layer._parameters["weight"]
+            if weight.is_meta:  # there is nothing to hold it any more
+                forget(layer)
+            else:
+                put_all([(layer, replace(before.anew(), scale=before.scale.to(weight.device)))])
+
+
+def _forget_suspended(layer: Any) -> None:
+    """Let vectors act beside the weights again, where nothing could put them back into these."""
+    if layer._merge_state is not None and layer._merge_state.is_suspended:
+        forget(layer)
 
 
 def forget(layer: Any) -> None:

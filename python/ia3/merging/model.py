@@ -73,8 +73,17 @@ def to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
 
 
 def _to_hold(wanted: Iterable[tuple[str, Any, list[str]]]) -> list[_Change]:
-    """Return what becomes of layers that are to hold these adapters: their products are computed, and nothing done."""
+    """Return what becomes of layers that are to hold these adapters: their products are computed, and nothing done.
+
+    Raises :class:`IA3Error` where PEFT has merged.
+    """
     found = [(path, layer, names, list(vectors_of(layer, names))) for path, layer, names in wanted]
+    for path, layer, _, _ in found:
+        if layer.merged_adapters and layer._merge_state is None:
+            raise IA3Error(
+                f"{', '.join(layer.merged_adapters)} was merged into {path!r} before the model was accelerated; "
+                "unmerge_adapter first."
+            )
     firsts = [vectors[0].detach().reshape(-1) for _, _, names, vectors in found if names]
     # Copies, because vectors are trained on; in fp32 at least, so that a product is rounded to 16 bits once.
     copies = [torch.empty_like(first, dtype=torch.promote_types(first.dtype, torch.float32)) for first in firsts]
@@ -253,15 +262,10 @@ def merge_for_good(
 
 
 def _changes(layers: Iterable[NamedLayer], adapter_names: Sequence[str] | None) -> list[_Change]:
-    """Return the layers that are to hold more than they do; raises :class:`IA3Error` where PEFT has merged."""
+    """Return the layers that are to hold more than they do."""
     wanted = []
     for path, layer in layers:
         names = to_merge(layer, adapter_names)
-        if names and layer.merged_adapters and layer._merge_state is None:
-            raise IA3Error(
-                f"{', '.join(layer.merged_adapters)} was merged into {path!r} before the model was accelerated; "
-                "unmerge_adapter first."
-            )
         if names:
             wanted.append((path, layer, [*layer.merged_adapters, *names]))
     return _to_hold(wanted)
@@ -292,7 +296,7 @@ def unmerge(model: nn.Module, layers: Iterable[NamedLayer]) -> None:
 
 
 def swap(model: nn.Module, layers: Sequence[NamedLayer], old: str, new: str) -> None:
-    """Let the layers that hold the adapter ``old`` hold ``new`` in its place, in one pass over the weights.
+    """Let the layers hold the adapter ``new``, and those that hold ``old`` in its place, in one pass over the weights.
 
     The result is that of unmerging and merging, bit by bit. All or nothing; raises :class:`IA3Error`.
     """
