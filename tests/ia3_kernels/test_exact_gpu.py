@@ -91,9 +91,11 @@ def _widen_triton(monkeypatch: pytest.MonkeyPatch, unit: int) -> None:
     """Give Triton's kernels units so large that the interpreter has few programs to walk through."""
     from ia3_kernels.triton import exact
 
-    wide = exact_gpu.operators(functools.partial(exact.exact_scale, launch=WeightLaunch(4, unit, 1)), unit)
+    kernel = functools.partial(exact.exact_scale, launch=WeightLaunch(4, unit, 1))
     triton = backends.triton.BACKEND
-    changed = dataclasses.replace(triton, operators={**triton.operators, **wide})
+    operators = {**triton.operators, **exact_gpu.operators(kernel, unit)}
+    moves = functools.partial(exact_gpu.move_all, kernel, unit)
+    changed = dataclasses.replace(triton, operators=operators, moves=moves)
     monkeypatch.setattr(backends, "_BACKENDS", (changed, backends.reference.BACKEND))
     backends.refresh()
 
