@@ -268,10 +268,10 @@ def block_error(
             if tensor is None:
                 continue
             _check_same(op, name, tensor, "x", x)
-            shape, own = _shape(tensor), zip(letters, tensor.shape, strict=False)
-            fits = len(shape) == len(letters) and all(sizes.setdefault(letter, size) == size for letter, size in own)
+            shape = _shape(tensor)
             expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
-            if not fits:
+            own = zip(letters, shape, strict=False)
+            if len(shape) != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in own):
                 return RuntimeError(f"{op}: {name} has shape {shape}; expected [{expected}].")
         for name, (scale, letter) in scales.items():
             _check_scale(op, name, scale, sizes[letter], x, None)

@@ -192,26 +192,24 @@ def test_a_file_is_replaced_whole_or_not_at_all(number: int, tmp_path: Path, mon
 @pytest.mark.parametrize("change", ["merge", "unmerge", "swap"])
 def test_a_merge_in_memory(change: str, layer: int, number: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers or none hold the adapter, and unmerging restores every bit."""
-    from ia3.merging import layer as layers
+    from ia3_kernels.moves import Move
 
     model.add_adapter("other", ia3.IA3Config(task_type="CAUSAL_LM"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     if change != "merge":
         model.merge_adapter()
     during = {name: value.clone() for name, value in model.state_dict().items()}
-    count = 0
-    function = {"merge": "merge_", "unmerge": "unmerge_", "swap": "swap_"}[change]
-    real = getattr(layers, function)
+    # What runs each weight is asked twice: of all of them first, then of each before it changes.
+    count, weights, real = 0, len(model.base_model.scaled_layers()), Move.operator
 
-    def interrupted(*arguments: Any, **more: Any) -> Any:
+    def interrupted(move: Move) -> str:
         nonlocal count
-        result = real(*arguments, **more)
         count += 1
-        if count == layer + 1:
+        if count == weights + layer + 1:
             os.kill(os.getpid(), number)
-        return result
+        return real.fget(move)  # type: ignore[attr-defined, no-any-return]
 
-    monkeypatch.setattr(layers, function, interrupted)
+    monkeypatch.setattr(Move, "operator", property(interrupted))
     work = {
         "merge": model.merge_adapter,
         "unmerge": model.unmerge_adapter,
