@@ -221,7 +221,8 @@ def gated_mlp(
     arguments = x, gate_weight, up_weight, down_weight, scale, activation, gate_scale, up_scale
     try:
         y = None if _fast is None else _fast.gated_mlp(*arguments)
-        return _ops.gated_mlp(*arguments) if y is None else y  # type: ignore[no-any-return]
+        result: Tensor = _ops.gated_mlp(*arguments) if y is None else y
+        return result
     except RuntimeError as error:
         layers = {
             "up_weight": (up_weight, "IH"),
@@ -264,7 +265,8 @@ def mlp(
     arguments = x, up_weight, down_weight, scale, activation, up_bias, down_bias
     try:
         y = None if _fast is None else _fast.mlp(*arguments)
-        return _ops.mlp(*arguments) if y is None else y  # type: ignore[no-any-return]
+        result: Tensor = _ops.mlp(*arguments) if y is None else y
+        return result
     except RuntimeError as error:
         layers = {
             "up_weight": (up_weight, "IH"),

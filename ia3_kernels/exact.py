@@ -194,10 +194,11 @@ def stay_finite(cases: Sequence[tuple[Tensor, Tensor, int]]) -> list[bool]:
 
 
 def _finite(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
-    operator = _ops.stays_finite
+    operator: Any = _ops.stays_finite
     if _is_direct(weight, scale, dim):
         operator = backends.choose("stays_finite", weight.device.type, weight.dtype)[0].operators["stays_finite"]
-    return operator(weight, scale, dim)  # type: ignore[no-any-return]
+    finite: Tensor = operator(weight, scale, dim)
+    return finite
 
 
 def _move_of(change: Change) -> Move:

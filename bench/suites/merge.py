@@ -45,7 +45,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
             for dim, side in enumerate(_SIDES):
                 _times(settings, recorder, dtype, (rows, columns), dim, f"{side} of {rows}x{columns}")
                 recorder.save()
-        if not settings.on_gpu:
+        if not settings.on_gpu:  # it asks for bits, and of weights on the CPU
             _cycles(settings, recorder, dtype)
         _model(settings, recorder, dtype)
 

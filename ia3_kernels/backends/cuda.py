@@ -22,13 +22,19 @@ def _detail(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[i
 _UNIT = 256  # of csrc/cuda/exact_scale.cu
 
 
+def _compiled() -> exact_gpu.Kernel:
+    library: Any = target.native_library()  # a module, where this backend can run
+    kernel: exact_gpu.Kernel = library.cuda.exact_scale
+    return kernel
+
+
 def _exact_scale(*args: Any) -> None:
-    target.native_library().cuda.exact_scale(*args)  # type: ignore[union-attr]
+    _compiled()(*args)
 
 
 def _move_all(moves: Sequence[Move], done: list[Any]) -> None:
     # The compiled function itself: an interrupt may come within one that is written in Python.
-    exact_gpu.move_all(target.native_library().cuda.exact_scale, _UNIT, moves, done)  # type: ignore[union-attr]
+    exact_gpu.move_all(_compiled(), _UNIT, moves, done)
 
 
 BACKEND = Backend(

@@ -200,14 +200,16 @@ def test_a_merge_in_memory(change: str, layer: int, number: int, model: Any, mon
         model.merge_adapter()
     during = {name: value.clone() for name, value in model.state_dict().items()}
     # What runs each weight is asked twice: of all of them first, then of each before it changes.
-    count, weights, real = 0, len(model.base_model.scaled_layers()), Move.operator
+    count, weights = 0, len(model.base_model.scaled_layers())
+    real: Any = Move.operator
 
     def interrupted(move: Move) -> str:
         nonlocal count
         count += 1
         if count == weights + layer + 1:
             os.kill(os.getpid(), number)
-        return real.fget(move)  # type: ignore[attr-defined, no-any-return]
+        name: str = real.fget(move)
+        return name
 
     monkeypatch.setattr(Move, "operator", property(interrupted))
     work = {

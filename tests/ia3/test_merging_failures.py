@@ -105,13 +105,13 @@ def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
                 raise MemoryError
         return operator(*arguments)
 
-    operators: dict[str, Any] = {
+    running = backends.native.BACKEND if backends.prefers_native() else backends.reference.BACKEND
+    operators = {
         name: functools.partial(fail_once, operator) if name.endswith("exact_") else operator
-        for backend in (backends.native.BACKEND if backends.prefers_native() else backends.reference.BACKEND,)
-        for name, operator in backend.operators.items()
+        for name, operator in running.operators.items()
     }
-    native = dataclasses.replace(backends.native.BACKEND, operators=operators, unavailable=lambda: None)
-    monkeypatch.setattr(backends, "_BACKENDS", (native, backends.reference.BACKEND))
+    failing = dataclasses.replace(running, operators=operators)
+    monkeypatch.setattr(backends, "_BACKENDS", (failing, backends.reference.BACKEND))
     backends.choose.cache_clear()
     armed.append(request.param)
     yield armed

@@ -337,7 +337,7 @@ def test_an_interrupt_between_any_two_instructions_leaves_all_weights_or_none(ki
         changes, weights = _changes(device, torch.bfloat16, kind)
         before = [weight.clone() for weight in weights]
         done: list[object] = []
-        was_interrupted = interrupted(lambda: change_(changes, done), instructions, own)  # noqa: B023
+        was_interrupted = interrupted(functools.partial(change_, changes, done), instructions, own)
         if done:
             assert not all(map(torch.equal, weights, before))
             undo_(changes, done)
